@@ -1,0 +1,124 @@
+"""SparseK attention: the public function, its argument checks and the choice of implementation."""
+
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsek_jax.ops.reference import sparsek_attention_reference
+from sparsek_jax.ops.selection import check_selection_arguments
+from sparsek_jax.ops.xla import sparsek_attention_xla
+
+Gating = Literal["soft", "straight_through"]
+Implementation = Literal["reference", "xla"]
+
+GATINGS = ("soft", "straight_through")
+_IMPLEMENTATIONS = {"reference": sparsek_attention_reference, "xla": sparsek_attention_xla}
+_BEST = "xla"
+
+
+def sparsek_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    scores: Float[Array, "B T K"] | Float[Array, "B T 1"],
+    *,
+    num_selected: int,
+    sliding_window: int = 0,
+    gating: Gating = "soft",
+    scale: float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention over a sliding window and the k keys that a learned score selects (arXiv 2406.16747).
+
+    One softmax runs over both. The pool of query t is every key `j <= t - w` of its document (`j <= t` without a window); of
+    these it keeps the k first in the order (score descending, index ascending), all of them while there are no more than
+    k. A selected key's logit and value are multiplied by its gate, the SparseK projection of the pool's scores; keys of the
+    window, `t - w < j <= t`, are not gated. While no pool exceeds k this is dense causal attention.
+
+    Differentiable in query, key, value and scores (reverse mode).
+
+    Args:
+      query: `[B, T, N, H]`, N a multiple of K; float32 or bfloat16 (float16 works too).
+      key: `[B, T, K, H]`, dtype of query.
+      value: `[B, T, K, H]`, dtype of query.
+      scores: Importance of every key, `[B, T, K]` or, shared by all KV heads, `[B, T, 1]`. Should be float32.
+      num_selected: k, at least 1; may exceed T.
+      sliding_window: w, at least 0; may exceed T.
+      gating: "soft", or "straight_through": gates are 1 in the forward pass and have the soft gate's gradient.
+      scale: Factor on the logits; 1 / sqrt(H) by default.
+      segment_ids: Optional integer ids of packed documents. A document is a maximal run of equal ids; none sees another.
+      implementation: "xla" (chunked, memory linear in T), "reference" (dense, for checking), or None for the best one.
+
+    Returns:
+      The attention output, shape and dtype of query. Where a query's pool contains a NaN or infinite score, NaN.
+
+    Raises:
+      TypeError: An array has the wrong dtype, or `num_selected` or `sliding_window` is not an int.
+      ValueError: A shape or a value does not fit, or no implementation has that name.
+      NotImplementedError: The named implementation does not support the call.
+    """
+    _check(query, key, value, scores, gating, scale)
+    check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
+    name = _BEST if implementation is None else implementation
+    if name in ("mosaic_gpu", "mosaic_tpu"):
+        raise NotImplementedError(
+            f"implementation={name!r} has no kernel in this version; expected one of "
+            f"{sorted(_IMPLEMENTATIONS)} or None"
+        )
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={name!r} is unknown; expected one of {sorted(_IMPLEMENTATIONS)} or None"
+        )
+    if query.size == 0:
+        return query
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    # An infinite score has no finite threshold. It must be as loud as a NaN in every implementation.
+    scores = jnp.where(jnp.isinf(scores), jnp.nan, scores)
+    return _IMPLEMENTATIONS[name](
+        query,
+        key,
+        value,
+        scores,
+        num_selected=num_selected,
+        sliding_window=sliding_window,
+        gating=gating,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+        segment_ids=segment_ids,
+    )
+
+
+def _check(query, key, value, scores, gating, scale) -> None:
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if jnp.ndim(array) != 4:
+            raise ValueError(
+                f"{name} must have shape [B, T, heads, H], got shape {jnp.shape(array)}"
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}")
+        if array.dtype != query.dtype:
+            raise TypeError(f"{name} has dtype {array.dtype}, expected query's {query.dtype}")
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    expected = (batch, length, num_kv_heads, head_dim)
+    for name, array in (("key", key), ("value", value)):
+        if array.shape != expected:
+            raise ValueError(
+                f"{name} has shape {array.shape}, expected [B, T, K, H] = {expected} to fit query of "
+                f"shape {query.shape}"
+            )
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"query has {num_heads} heads, expected a multiple of the {num_kv_heads} heads of key"
+        )
+    if jnp.shape(scores) not in ((batch, length, num_kv_heads), (batch, length, 1)):
+        raise ValueError(
+            f"scores has shape {jnp.shape(scores)}, expected {(batch, length, num_kv_heads)} or "
+            f"{(batch, length, 1)}"
+        )
+    if gating not in GATINGS:
+        raise ValueError(f"gating={gating!r} is unknown; expected one of {list(GATINGS)}")
+    if scale is not None and not (jnp.ndim(scale) == 0 and math.isfinite(scale)):
+        raise ValueError(f"scale={scale!r} must be a finite float or None")

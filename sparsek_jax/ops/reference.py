@@ -1,0 +1,61 @@
+"""SparseK attention written for clarity: dense [T, T] masks, O(T^2) time and memory, gradients by autodiff."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsek_jax.ops.projection import sparsek
+from sparsek_jax.ops.selection import document_bounds
+
+
+def sparsek_attention_reference(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    scores: Float[Array, "B T K"],
+    *,
+    num_selected: int,
+    sliding_window: int,
+    gating: str,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """`sparsek_attention` over whole rows; arguments as there, already checked. Computes in float32 or wider."""
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    pool, window = pool_and_window(segment_ids, batch, length, sliding_window)
+
+    rows = jnp.broadcast_to(
+        jnp.swapaxes(scores, 1, 2)[:, :, None, :], (batch, num_kv_heads, length, length)
+    )
+    gate = sparsek(rows, num_selected, where=pool[:, None])
+    if gating == "straight_through":
+        gate = gate + jax.lax.stop_gradient(1 - gate)
+    # Ranked by (score descending, index ascending), keys outside the pool last.
+    ranked = jnp.argsort(jnp.where(pool[:, None], -rows, jnp.inf), axis=-1, stable=True)
+    rank = jnp.argsort(ranked, axis=-1)
+    selected = pool[:, None] & (rank < num_selected)
+    gate = jnp.where(selected, gate, jnp.where(window[:, None], 1.0, 0.0))[:, :, None]
+    attended = (selected | window[:, None])[:, :, None]
+
+    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    with jax.default_matmul_precision("highest"):
+        logits = jnp.einsum("btkgh,bskh->bkgts", grouped.astype(dtype), key.astype(dtype))
+        logits = jnp.where(attended, gate * logits * scale, -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1) * gate
+        out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype))
+    return out.reshape(query.shape).astype(query.dtype)
+
+
+def pool_and_window(
+    segment_ids: Int[Array, "B T"] | None, batch: int, length: int, sliding_window: int
+) -> tuple[Bool[Array, "B T T"], Bool[Array, "B T T"]]:
+    """Which keys (last axis) lie in the pool and in the window of every query."""
+    start, _ = document_bounds(segment_ids, batch, length)
+    position = jnp.arange(length)
+    age = position[:, None] - position
+    same_document = position >= start[:, :, None]
+    return same_document & (age >= sliding_window), same_document & (0 <= age) & (
+        age < sliding_window
+    )

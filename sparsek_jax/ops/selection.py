@@ -1,0 +1,359 @@
+"""Causal selection: which keys every query keeps and how strongly, in O(T log T) time and O(T) memory.
+
+For query t the pool is the contiguous range of keys `document_start(t) <= j <= t - w`. Two numbers per query describe its
+whole selection: the k-th key of the pool (the cutoff) and the threshold tau of its SparseK projection. Both are order
+statistics of a contiguous range, so all queries find theirs at once by walking one sorted tree, a wavelet matrix:
+
+  * clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x). Let every key contribute the breakpoint u with weight +1 and the
+    breakpoint u - 1 with weight -1. Then f(x) = sum over the pool of clip(u - x, 0, 1) is the sum of weight * (b - x) over
+    the breakpoints b > x: piecewise linear, falling, with f(tau) = k.
+  * Sort all breakpoints. The wavelet matrix stores the sorted ranks in order of position and splits them bit by bit, so
+    that count and sum over "range of positions" x "larger half of a node" are differences of prefix sums.
+  * Every query descends one bit a level, towards the piece of f on which it crosses k, and solves that piece.
+
+Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on another one's rounding.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int32
+
+from sparsek_jax.ops.tracing import varying_like
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["cutoff_score", "cutoff_index", "tau", "candidates"],
+    meta_fields=["chunk_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Every query's selection. Key j of the pool of query t is selected if it comes no later than the cutoff in the order
+    (score descending, index ascending); its gate is `clip(scores[j] - tau[t], 0, 1)`.
+
+    Attributes:
+      cutoff_score: Score of the k-th key of the pool; -inf while the pool holds no more than k keys.
+      cutoff_index: Position of that key; T while the pool holds no more than k keys.
+      tau: Threshold of the SparseK projection of the pool's scores; -inf while the pool holds no more than k keys.
+      candidates: For the first query of every chunk, the positions of its selected keys, best first, -1 where there are
+        fewer. The list has min(k, T) entries. Within a chunk, any query of the same document selects from these and from
+        the keys that entered the pool after the chunk's first query.
+      chunk_size: Queries per chunk.
+    """
+
+    cutoff_score: Float[Array, "B T K"]
+    cutoff_index: Int32[Array, "B T K"]
+    tau: Float[Array, "B T K"]
+    candidates: Int32[Array, "B chunks K k"]
+    chunk_size: int
+
+
+def causal_selection(
+    scores: Float[Array, "B T K"],
+    *,
+    num_selected: int,
+    sliding_window: int = 0,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Selection:
+    """Finds the selection of every query exactly (arXiv 2406.16747, causal form with a sliding window).
+
+    Differentiable: `tau` carries the gradient of the projection to `scores`, as sums over each key's interval of interior
+    queries. The cutoffs and candidates are discrete and carry none.
+
+    Args:
+      scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed point with a resolution
+        of 2^-30 for T <= 65,536, coarser by four for every doubling beyond that.
+      num_selected: k, how many keys a query keeps.
+      sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the pool ends at the query.
+      segment_ids: Optional ids of packed documents. A document is a maximal run of equal ids; pools restart with it.
+
+    Returns:
+      The `Selection`. A query whose pool contains a NaN or infinite score has NaN thresholds.
+
+    Raises:
+      TypeError: An array has the wrong dtype, or `num_selected` or `sliding_window` is not an int.
+      ValueError: A shape or a value does not fit.
+    """
+    check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
+    batch, length, _ = scores.shape
+    start, end = document_bounds(segment_ids, batch, length)
+    chunk_size = default_chunk_size(num_selected, length)
+    per_head = jax.vmap(
+        functools.partial(_thresholds, num_selected, sliding_window, chunk_size),
+        in_axes=(1, None, None),
+        out_axes=(1, 1, 1, 1),
+    )
+    cutoff_score, cutoff_index, tau, candidates = jax.vmap(per_head)(
+        scores.astype(jnp.float32), start, end
+    )
+    return Selection(cutoff_score, cutoff_index, tau, candidates, chunk_size)
+
+
+def check_selection_arguments(scores, num_selected, sliding_window, segment_ids) -> None:
+    """Raises the errors of `causal_selection`."""
+    if jnp.ndim(scores) != 3:
+        raise ValueError(f"scores must have shape [B, T, K], got {jnp.shape(scores)}")
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise TypeError(f"scores must be a floating-point array, got dtype {scores.dtype}")
+    for name, value, least in (
+        ("num_selected", num_selected, 1),
+        ("sliding_window", sliding_window, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    if segment_ids is not None:
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids must be an integer array, got dtype {segment_ids.dtype}")
+        if segment_ids.shape != scores.shape[:2]:
+            raise ValueError(
+                f"segment_ids must have shape [B, T] = {scores.shape[:2]}, got {segment_ids.shape}"
+            )
+
+
+def default_chunk_size(num_selected: int, length: int) -> int:
+    """Queries per chunk: about half of k, so that reading the chunk's list costs no more than its scores."""
+    size = min(max(1 << (num_selected - 1).bit_length() >> 1, 64), 512)
+    return min(size, 1 << max(length - 1, 0).bit_length())
+
+
+def document_bounds(
+    segment_ids: Int[Array, "B T"] | None, batch: int, length: int
+) -> tuple[Int32[Array, "B T"], Int32[Array, "B T"]]:
+    """First position of every position's document, and the position after its last."""
+    position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if segment_ids is None:
+        return jnp.zeros_like(position), jnp.full_like(position, length)
+    edge = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = jnp.pad(edge, ((0, 0), (1, 0)), constant_values=True)
+    last = jnp.pad(edge, ((0, 0), (0, 1)), constant_values=True)
+    start = jax.lax.cummax(jnp.where(first, position, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(last, position + 1, length), axis=1, reverse=True)
+    return start, end
+
+
+# One row: the scores of one sequence and one KV head.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _thresholds(num_selected, window, chunk_size, scores, start, end):
+    """Cutoff score and index and tau `[T]`, and candidates `[chunks, k]`, of one row."""
+    del end
+    (length,) = scores.shape
+    if length == 0:
+        empty = jnp.zeros((0,), jnp.int32)
+        return scores, empty, scores, jnp.zeros((0, 0), jnp.int32)
+    stop = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - window + 1, start)
+    pool_size = stop - start
+
+    # The k-th key of every query, then the first k keys of every chunk's first query.
+    first = jnp.arange(0, length, chunk_size)
+    listed = jnp.arange(min(num_selected, length), dtype=jnp.int32)
+    list_shape = (len(first), len(listed))
+    listed_start = jnp.broadcast_to(start[first][:, None], list_shape)
+    listed_stop = jnp.broadcast_to(stop[first][:, None], list_shape)
+    exists = listed < listed_stop - listed_start
+    tau, found = _descend(
+        scores,
+        num_selected,
+        (start, stop),
+        (
+            jnp.concatenate([start, listed_start.reshape(-1)]),
+            jnp.concatenate([stop, listed_stop.reshape(-1)]),
+            jnp.concatenate([jnp.full_like(start, num_selected - 1), jnp.tile(listed, len(first))]),
+        ),
+    )
+    kth, listed_key = found[:length], found[length:].reshape(list_shape)
+    candidates = jnp.where(exists, listed_key, -1)
+
+    everything = pool_size <= num_selected
+    cutoff_index = jnp.where(everything, length, kth)
+    bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), dtype=jnp.int32), (1, 0))
+    poison = jnp.where(bad[stop] > bad[start], jnp.nan, 0.0)
+    cutoff_score = jnp.where(everything, -jnp.inf, scores[kth]) + poison
+    tau = _running_max(jnp.where(everything, -jnp.inf, tau) + poison, start)
+    return cutoff_score, cutoff_index, tau, candidates
+
+
+def _running_max(tau: Float[Array, " T"], start: Int32[Array, " T"]) -> Float[Array, " T"]:
+    """Maximum over the document so far. Exact thresholds rise already; this removes the last bit's noise, so that the
+    queries for which a key is interior are one interval to the bit.
+    """
+
+    def combine(left, right):
+        (left_start, left_max), (right_start, right_max) = left, right
+        joined = jnp.where(left_start == right_start, jnp.maximum(left_max, right_max), right_max)
+        return right_start, joined
+
+    return jax.lax.associative_scan(combine, (start, tau))[1]
+
+
+def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
+    """u as `high * 2^-bits + low * 2^-(2 bits)`, with 0 <= low < 2^bits and high modulo 2^32."""
+    magnitude = jnp.fmod(jnp.abs(u), 2.0 ** (32 - bits)) * 2.0**bits
+    whole = jnp.floor(magnitude)
+    high = whole.astype(jnp.uint32).astype(jnp.int32)
+    low = jnp.floor((magnitude - whole) * 2.0**bits).astype(jnp.int32)
+    borrow = (low > 0).astype(jnp.int32)
+    negative = u < 0
+    return (
+        jnp.where(negative, -high - borrow, high),
+        jnp.where(negative, (borrow << bits) - low, low),
+    )
+
+
+def _descend(scores, num_selected, tau_range, quantile):
+    """Walks the wavelet matrix of the breakpoints for all queries at once.
+
+    Args:
+      scores: `[T]`.
+      num_selected: k.
+      tau_range: `(start, stop)`, each `[Q]`: ranges of keys whose tau is wanted.
+      quantile: `(start, stop, i)`, each `[R]`: ranges of keys whose i-th key (from 0) in the selection order is wanted.
+
+    Returns:
+      tau `[Q]`, meaningless where the range holds no more than k keys, and key positions `[R]`, meaningless where the
+      range holds no more than i keys.
+    """
+    (length,) = scores.shape
+    size = 2 * length
+    levels = (size - 1).bit_length()
+    # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo 2^32; only f - k, which
+    # fits, is ever read as a number.
+    bits = min(15, 31 - max(length - 1, 1).bit_length())
+    k = min(num_selected, length - 1)
+
+    u = jnp.where(jnp.isfinite(scores), scores, 0.0)
+    breakpoints = jnp.stack([u, u - 1.0], -1).reshape(size)
+    order = jnp.argsort(breakpoints, descending=True, stable=True).astype(jnp.int32)
+    high, low = _fixed_point(u, bits)
+    high = jnp.stack([high, high - (1 << bits)], -1).reshape(size)[order]
+    low = jnp.repeat(low, 2)[order]
+    weight = 1 - 2 * (order % 2)
+    ranks = jnp.arange(size, dtype=jnp.int32)
+    ranks_by_position = jnp.zeros_like(order).at[order].set(ranks, unique_indices=True)
+
+    def step(level, state):
+        sequence, (t_begin, t_end, t_node, t_sums), (q_begin, q_end, q_node, q_left) = state
+        bit = levels - 1 - level
+        in_first_half = (sequence >> bit) & 1 == 0
+        signed = jnp.where(in_first_half, weight[sequence], 0)
+        columns = [
+            in_first_half.astype(jnp.int32),
+            signed,
+            signed * high[sequence],
+            signed * low[sequence],
+        ]
+        prefix = jnp.pad(jnp.cumsum(jnp.stack(columns, -1), axis=0), ((1, 0), (0, 0)))
+        num_first = prefix[size, 0]
+
+        def split(begin, end):
+            at_begin, at_end = prefix[begin], prefix[end]
+            first = (at_begin[:, 0], at_end[:, 0])
+            second = (num_first + begin - first[0], num_first + end - first[1])
+            return first, second, at_end - at_begin
+
+        first, second, inside = split(t_begin, t_end)
+        middle = t_node + (1 << bit)
+        sums = t_sums + inside[:, 1:]
+        go_first = (middle >= size) | reaches_k(sums, middle)
+        t_state = (
+            jnp.where(go_first, first[0], second[0]),
+            jnp.where(go_first, first[1], second[1]),
+            jnp.where(go_first, t_node, middle),
+            jnp.where(go_first[:, None], t_sums, sums),
+        )
+
+        first, second, inside = split(q_begin, q_end)
+        keys_in_first = (inside[:, 0] + inside[:, 1]) // 2
+        go_first = q_left < keys_in_first
+        q_state = (
+            jnp.where(go_first, first[0], second[0]),
+            jnp.where(go_first, first[1], second[1]),
+            jnp.where(go_first, q_node, q_node + (1 << bit)),
+            jnp.where(go_first, q_left, q_left - keys_in_first),
+        )
+
+        before = prefix[:size, 0]
+        target = jnp.where(in_first_half, before, num_first + ranks - before)
+        sequence = jnp.zeros_like(sequence).at[target].set(sequence, unique_indices=True)
+        return sequence, t_state, q_state
+
+    def excess(sums, rank):
+        """f - k at the breakpoint of a rank, in fixed point, from the sums over all ranks before it."""
+        count = sums[:, 0]
+        return sums[:, 1] - count * high[rank] - (k << bits), sums[:, 2] - count * low[rank]
+
+    def reaches_k(sums, rank):
+        excess_high, excess_low = excess(sums, jnp.minimum(rank, size - 1))
+        return excess_high + (excess_low >> bits) >= 0
+
+    t_begin, t_end = (2 * x for x in tau_range)
+    q_begin, q_end = (2 * x for x in quantile[:2])
+    state = (
+        ranks_by_position,
+        (t_begin, t_end, jnp.zeros_like(t_begin), jnp.zeros((len(t_begin), 3), jnp.int32)),
+        (q_begin, q_end, jnp.zeros_like(q_begin), quantile[2]),
+    )
+    state = jax.tree.map(lambda x: varying_like(x, scores, *tau_range), state)
+    _, (t_begin, t_end, t_node, t_sums), (_, _, q_node, _) = jax.lax.fori_loop(
+        0, levels, step, state
+    )
+
+    # f is below k at the breakpoint of rank t_node and linear from it down to the next, where it reaches k.
+    excess_high, excess_low = (x.astype(jnp.float32) for x in excess(t_sums, t_node))
+    missing = -(excess_high * 2.0**-bits + excess_low * 4.0**-bits)
+    count = t_sums[:, 0] + jnp.where(t_end > t_begin, weight[t_node], 0)
+    tau = breakpoints[order[t_node]] - missing / jnp.maximum(count, 1).astype(jnp.float32)
+    return tau, order[jnp.minimum(q_node, size - 1)] // 2
+
+
+def _thresholds_fwd(num_selected, window, chunk_size, scores, start, end):
+    outputs = _thresholds(num_selected, window, chunk_size, scores, start, end)
+    return outputs, (scores, outputs[2], end)
+
+
+def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
+    """tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t, and a key is interior during
+    one interval of queries: the sum over it is a difference of prefix sums.
+    """
+    del num_selected, chunk_size
+    scores, tau, end = residuals
+    g = cotangents[2]
+    (length,) = scores.shape
+    if length == 0:
+        return scores, None, None
+    enters = jnp.minimum(jnp.arange(length, dtype=jnp.int32) + window, end)
+
+    def first_query(begin, reached):
+        """First query from `begin` to the document's end at which the monotone `reached` holds."""
+
+        def halve(_, bracket):
+            low, high = bracket
+            middle = (low + high) // 2
+            there = reached(tau[jnp.minimum(middle, length - 1)])
+            undecided = low < high
+            return (
+                jnp.where(undecided & ~there, middle + 1, low),
+                jnp.where(undecided & there, middle, high),
+            )
+
+        bracket = tuple(varying_like(x, scores, begin) for x in (begin, end))
+        return jax.lax.fori_loop(0, length.bit_length(), halve, bracket)[0]
+
+    unsaturated = first_query(enters, lambda threshold: ~(scores - threshold >= 1))
+    dropped = first_query(unsaturated, lambda threshold: ~(scores - threshold > 0))
+
+    ones = jnp.ones_like(unsaturated)
+    change = jnp.zeros((length + 1,), jnp.int32).at[unsaturated].add(ones).at[dropped].add(-ones)
+    num_interior = jnp.cumsum(change)[:length]
+    share = jnp.where(num_interior > 0, g / jnp.maximum(num_interior, 1), 0.0)
+    prefix = jnp.pad(jnp.cumsum(share), (1, 0))
+    return prefix[dropped] - prefix[unsaturated], None, None
+
+
+_thresholds.defvjp(_thresholds_fwd, _thresholds_bwd)

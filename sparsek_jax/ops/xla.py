@@ -1,0 +1,330 @@
+"""SparseK attention for any XLA device: a scan over chunks of queries, memory linear in T.
+
+A chunk of C queries attends to at most the k keys that its first query has selected (a gathered list) and the w + C - 1 keys
+from that query's window on (a contiguous slab). Whether a query attends to a key, and with which gate, follows from the
+key's score and the query's cutoff and tau. Every chunk holds all keys of its queries, so a plain softmax over the tile is
+exact, and the backward pass recomputes it from the inputs alone.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from sparsek_jax.ops.selection import Selection, causal_selection, document_bounds
+from sparsek_jax.ops.tracing import varying_like
+
+
+def sparsek_attention_xla(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    scores: Float[Array, "B T K"],
+    *,
+    num_selected: int,
+    sliding_window: int,
+    gating: str,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """`sparsek_attention` in chunks; arguments as there, already checked."""
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    scores = scores.astype(jnp.float32)
+    window = min(sliding_window, length)
+    selection = causal_selection(
+        scores, num_selected=num_selected, sliding_window=window, segment_ids=segment_ids
+    )
+    start, _ = document_bounds(segment_ids, batch, length)
+    if scores.shape[2] != num_kv_heads:
+        scores, selection = jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (*x.shape[:2], num_kv_heads, *x.shape[3:])),
+            (scores, selection),
+        )
+    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    settings = _Settings(selection.chunk_size, window, scale, gating == "soft")
+    out = _attend(
+        settings,
+        grouped,
+        key,
+        value,
+        scores,
+        selection.tau,
+        (start, selection.cutoff_score, selection.cutoff_index, selection.candidates),
+    )
+    return out.reshape(query.shape)
+
+
+class _Settings(NamedTuple):
+    chunk_size: int
+    window: int
+    scale: float
+    soft: bool
+
+
+class _Queries(NamedTuple):
+    """One chunk of queries."""
+
+    query: Float[Array, "B C K G H"]
+    tau: Float[Array, "B C K"]
+    cutoff_score: Float[Array, "B C K"]
+    cutoff_index: Int32[Array, "B C K"]
+    start: Int32[Array, "B C"]
+    position: Int32[Array, " C"]
+
+
+class _Keys(NamedTuple):
+    """Every key that one chunk of queries may attend to: the list, then the slab."""
+
+    key: Float[Array, "B K L H"]
+    value: Float[Array, "B K L H"]
+    score: Float[Array, "B K L"]
+    position: Int32[Array, "B K L"]
+
+
+class _Gates(NamedTuple):
+    attended: Bool[Array, "B K C L"]
+    # What multiplies logit and value.
+    gate: Float[Array, "B K C L"]
+    # Selected keys, to which the gate's gradient flows, and those of them whose gate is strictly between 0 and 1.
+    interior: Bool[Array, "B K C L"]
+
+
+def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
+    """Window, selection and gate of every (query, key) of a tile."""
+    key_position, score = keys.position[:, :, None, :], keys.score[:, :, None, :]
+    query_position = queries.position[:, None]
+    tau, cutoff_score, cutoff_index = (
+        jnp.swapaxes(x, 1, 2)[..., None]
+        for x in (queries.tau, queries.cutoff_score, queries.cutoff_index)
+    )
+    visible = (key_position <= query_position) & (key_position >= queries.start[:, None, :, None])
+    pool = visible & (key_position <= query_position - settings.window)
+    # Written as "not after the cutoff", which holds for a NaN: it must reach the output.
+    after_cutoff = (score < cutoff_score) | (
+        (score == cutoff_score) & (key_position > cutoff_index)
+    )
+    selected = pool & ~after_cutoff
+    window = visible & ~pool
+    distance = score - tau
+    soft_gate = jnp.clip(distance, 0.0, 1.0)
+    if not settings.soft:
+        # A hard gate of one, unless it is NaN.
+        soft_gate = jnp.where(jnp.isnan(soft_gate), soft_gate, 1.0)
+    gate = jnp.where(selected, soft_gate, jnp.where(window, 1.0, 0.0))
+    interior = selected & ~(distance <= 0) & ~(distance >= 1)
+    return _Gates(selected | window, gate, interior)
+
+
+def _tile_forward(settings, queries, keys, gates):
+    """Scaled logits before gating, probabilities, and the output `[B, C, K, G, H]` of one tile."""
+    precision = _precision(queries.query.dtype)
+    logits = settings.scale * jnp.einsum(
+        "bckgh,bklh->bkgcl",
+        queries.query,
+        keys.key,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    gate = gates.gate[:, :, None]
+    gated = jnp.where(gates.attended[:, :, None], logits * gate, -jnp.inf)
+    probabilities = jax.nn.softmax(gated, axis=-1)
+    out = jnp.einsum(
+        "bkgcl,bklh->bckgh",
+        (probabilities * gate).astype(keys.value.dtype),
+        keys.value,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return logits, probabilities, out
+
+
+def _tile_backward(settings, queries, keys, d_out):
+    """Cotangents of one tile: query `[B, C, K, G, H]`, key and value `[B, K, L, H]`, scores `[B, K, L]`, tau `[B, C, K]`."""
+    precision = _precision(queries.query.dtype)
+    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    gates = _gates(settings, queries, keys)
+    logits, probabilities, _ = _tile_forward(settings, queries, keys, gates)
+    gate = gates.gate[:, :, None]
+
+    d_weight = einsum("bckgh,bklh->bkgcl", d_out, keys.value)
+    correction = jnp.sum(probabilities * gate * d_weight, axis=-1, keepdims=True)
+    d_gated = probabilities * (gate * d_weight - correction)
+    # Products with a NaN of a key that is not attended must not spread.
+    d_logits = jnp.where(gates.attended[:, :, None], d_gated * gate, 0.0)
+    d_gate = jnp.where(
+        gates.interior, jnp.sum(probabilities * d_weight + d_gated * logits, axis=2), 0.0
+    )
+
+    dtype = queries.query.dtype
+    d_logits = (settings.scale * d_logits).astype(dtype)
+    d_query = einsum("bkgcl,bklh->bckgh", d_logits, keys.key)
+    d_key = einsum("bkgcl,bckgh->bklh", d_logits, queries.query)
+    d_value = einsum("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
+    return (
+        d_query,
+        d_key,
+        d_value,
+        jnp.sum(d_gate, axis=2),
+        -jnp.swapaxes(jnp.sum(d_gate, axis=3), 1, 2),
+    )
+
+
+def _precision(dtype):
+    # The default rounds float32 operands to TF32 on GPU and to bfloat16 on TPU.
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+class _Layout:
+    """Cuts padded arrays into chunks and slabs.
+
+    In the padded arrays position p lies at row `window + p`, so the slab of the chunk that starts at t begins at row t + 1
+    and never before the first row.
+    """
+
+    def __init__(self, settings: _Settings, length: int):
+        self.chunk_size = settings.chunk_size
+        self.window = settings.window
+        self.num_chunks = -(-length // self.chunk_size)
+        self.slab_size = self.window + self.chunk_size - 1
+        self.length = length
+
+    def pad_keys(self, x):
+        """`[B, T, K, ...]` to `[B, window + chunks * C, K, ...]`."""
+        after = self.num_chunks * self.chunk_size - self.length
+        return jnp.pad(x, [(0, 0), (self.window, after)] + [(0, 0)] * (x.ndim - 2))
+
+    def unpad_keys(self, x):
+        return x[:, self.window : self.window + self.length]
+
+    def chunked(self, x, mode="edge"):
+        """`[B, T, ...]` to `[chunks, B, C, ...]`, the last chunk filled up by padding of that mode.
+
+        Queries repeat the last one, which attends to something, so that no softmax is empty.
+        """
+        after = self.num_chunks * self.chunk_size - self.length
+        x = jnp.pad(x, [(0, 0), (0, after)] + [(0, 0)] * (x.ndim - 2), mode=mode)
+        x = x.reshape(x.shape[0], self.num_chunks, self.chunk_size, *x.shape[2:])
+        return jnp.moveaxis(x, 1, 0)
+
+    def unchunked(self, x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
+
+    def slab(self, padded, first):
+        return jax.lax.dynamic_slice_in_dim(padded, first + 1, self.slab_size, axis=1)
+
+    def add_slab(self, padded, first, update):
+        return jax.lax.dynamic_update_slice_in_dim(
+            padded, self.slab(padded, first) + update, first + 1, axis=1
+        )
+
+
+def _rows(padded, rows):
+    """`[B, R, K, ...]` at `rows` `[B, K, L]` of every head: `[B, K, L, ...]`."""
+    per_head = jax.vmap(lambda x, r: x[r], in_axes=(1, 0))
+    return jax.vmap(per_head)(padded, rows)
+
+
+def _keys(layout: _Layout, key, value, score, candidates, first) -> _Keys:
+    """Gathers list and slab of the chunk whose first query is `first` from padded arrays."""
+    rows = jnp.maximum(candidates, 0) + layout.window
+
+    def gather(padded):
+        slab = jnp.moveaxis(layout.slab(padded, first), 1, 2)
+        return jnp.concatenate([_rows(padded, rows), slab], axis=2)
+
+    slab_position = first - layout.window + 1 + jnp.arange(layout.slab_size, dtype=jnp.int32)
+    position = jnp.concatenate(
+        [
+            candidates,
+            jnp.broadcast_to(slab_position, (*candidates.shape[:2], layout.slab_size)),
+        ],
+        axis=2,
+    )
+    return _Keys(gather(key), gather(value), gather(score), position)
+
+
+def _chunks(layout: _Layout, query, tau, fixed) -> tuple[_Queries, Array]:
+    """The scanned inputs: queries and their thresholds, and each chunk's list."""
+    start, cutoff_score, cutoff_index, candidates = fixed
+    position = jnp.arange(layout.num_chunks * layout.chunk_size, dtype=jnp.int32)
+    queries = _Queries(
+        *(layout.chunked(x) for x in (query, tau, cutoff_score, cutoff_index, start)),
+        position.reshape(layout.num_chunks, layout.chunk_size),
+    )
+    return queries, jnp.moveaxis(candidates, 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings, query, key, value, score, tau, fixed):
+    """Attention output `[B, T, K, G, H]`. `fixed` holds what has no gradient: document starts, cutoffs, candidates."""
+    layout = _Layout(settings, query.shape[1])
+    padded = [layout.pad_keys(x) for x in (key, value, score)]
+
+    def chunk(inputs):
+        queries, candidates = inputs
+        keys = _keys(layout, *padded, candidates, queries.position[0])
+        out = _tile_forward(settings, queries, keys, _gates(settings, queries, keys))[2]
+        return out.astype(query.dtype)
+
+    return layout.unchunked(jax.lax.map(chunk, _chunks(layout, query, tau, fixed)))
+
+
+def _attend_fwd(settings, query, key, value, score, tau, fixed):
+    residuals = (query, key, value, score, tau, fixed)
+    return _attend(settings, *residuals), residuals
+
+
+def _attend_bwd(settings, residuals, d_out):
+    query, key, value, score, tau, fixed = residuals
+    layout = _Layout(settings, query.shape[1])
+    padded = [layout.pad_keys(x) for x in (key, value, score)]
+
+    def chunk(totals, inputs):
+        (queries, candidates), d_chunk = inputs
+        first = queries.position[0]
+        keys = _keys(layout, *padded, candidates, first)
+        d_query, *d_keys, d_tau = _tile_backward(settings, queries, keys, d_chunk)
+        # An empty place in the list has a zero cotangent, and is sent past the end to be dropped.
+        list_size = candidates.shape[-1]
+        rows = jnp.where(candidates >= 0, candidates + layout.window, padded[0].shape[1])
+        totals = [
+            layout.add_slab(
+                _add_rows(total, rows, d[:, :, :list_size]),
+                first,
+                jnp.moveaxis(d[:, :, list_size:], 2, 1),
+            )
+            for total, d in zip(totals, d_keys, strict=True)
+        ]
+        return totals, (d_query.astype(query.dtype), d_tau)
+
+    zeros = [varying_like(jnp.zeros(x.shape, jnp.float32), x, d_out, query, tau) for x in padded]
+    d_chunks = layout.chunked(d_out, mode="constant")
+    totals, (d_query, d_tau) = jax.lax.scan(
+        chunk, zeros, (_chunks(layout, query, tau, fixed), d_chunks)
+    )
+    d_key, d_value, d_score = (layout.unpad_keys(x) for x in totals)
+    return (
+        layout.unchunked(d_query),
+        d_key.astype(key.dtype),
+        d_value.astype(value.dtype),
+        d_score,
+        layout.unchunked(d_tau),
+        None,
+    )
+
+
+def _add_rows(padded, rows, update):
+    """Adds `[B, K, L, ...]` to `rows` `[B, K, L]` of every head of `[B, R, K, ...]`; rows past the end are dropped."""
+
+    def one_head(x, r, u):
+        return x.at[r].add(u, mode="drop")
+
+    per_head = jax.vmap(one_head, in_axes=(1, 0, 0), out_axes=1)
+    return jax.vmap(per_head)(padded, rows, update)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
