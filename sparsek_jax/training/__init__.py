@@ -1,0 +1,1 @@
+"""Training: configuration, loss, optimizer, sharding, checkpoints and the loop."""

@@ -1,0 +1,250 @@
+"""The whole configuration of a run: fields, defaults and the checks made before any compilation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import ml_collections
+
+from sparsek_jax import nn
+from sparsek_jax.data import default_data_config, validate_data_config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message names the field, its value and the remedy."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Returns every field of a run with its default value; a recipe in configs/ changes some."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+
+    config.model = ml_collections.ConfigDict()
+    config.model.vocab_size = 0  # 0: the tokenizer's
+    config.model.num_layers = 4
+    config.model.d_model = 256
+    config.model.mlp_dim = 768
+    config.model.norm = "rmsnorm"  # or "layernorm"
+    config.model.norm_eps = 1e-6
+    config.model.activation = "swiglu"  # or "gelu"
+    config.model.mlp_bias = False
+    config.model.parallel_residual = False
+    config.model.tie_embeddings = True
+    config.model.remat = "none"  # "full": recompute each block; "dots": keep matrix products
+    config.model.scan_layers = False  # one compiled block for all layers: compiles faster
+    config.model.dtype = "float32"  # of the computation; parameters are always float32
+
+    config.attention = ml_collections.ConfigDict()
+    config.attention.kind = "sparsek"  # or "dense", "window"
+    config.attention.pattern = ()  # kinds repeated over the layers; (): `kind` in every layer
+    config.attention.num_heads = 4
+    config.attention.num_kv_heads = 4
+    config.attention.head_dim = 64
+    config.attention.num_selected = 128
+    config.attention.sliding_window = 128
+    config.attention.gating = "soft"  # or "straight_through"
+    config.attention.implementation = ""  # "": the best for the device; or "reference", "xla"
+    config.attention.qk_norm = False
+    config.attention.qkv_bias = False
+    config.attention.out_bias = False
+    config.attention.rope_theta = 1e4
+    config.attention.rotary_fraction = 1.0
+    config.attention.shared_scores = False
+    config.attention.timestep_norm = True
+    config.attention.slope = 1e-6
+
+    config.data = default_data_config()
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 1e-3  # at the end of the warm-up
+    config.optimizer.warmup_steps = 100
+    config.optimizer.end_fraction = 0.1  # of learning_rate, at the last step of the cosine
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.1  # on matrices only
+    config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
+    config.optimizer.z_loss = 0.0  # weight of mean(logsumexp(logits)^2)
+    config.optimizer.accumulate = 1  # microbatches that a batch is cut into
+
+    # Devices along each axis; -1 on one of them: all that remain.
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 1000
+    config.train.batch_size = 8  # rows in a step, over all devices and microbatches
+    config.train.loss_chunk = 1024  # tokens per device whose logits exist at a time
+    config.train.log_every = 10
+    config.train.eval_every = 200  # 0: only at the end
+    config.train.eval_batches = 16  # 0: the whole validation split
+    config.train.checkpoint_every = 200
+    config.train.keep = 3  # newest checkpoints kept
+    config.train.max_bad_steps = 5  # stop after so many non-finite steps in a row
+
+    # Text that train.py prints at the end.
+    config.sample = ml_collections.ConfigDict()
+    config.sample.prompt = "def "
+    config.sample.length = 200  # tokens; 0: none
+    config.sample.temperature = 0.8  # 0: the likeliest token
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.batch_size = 8
+    config.eval.batches = 0  # 0: the whole validation split
+    config.eval.position_buckets = 8
+    return config
+
+
+def decoder_config(config: ml_collections.ConfigDict, vocab_size: int) -> nn.DecoderConfig:
+    """Builds the model's configuration.
+
+    Args:
+      config: a run's configuration.
+      vocab_size: the tokenizer's; used unless model.vocab_size is set.
+
+    Raises:
+      ConfigError: a field is impossible, or model.vocab_size is below the tokenizer's.
+    """
+    model = config.model.to_dict()
+    model["vocab_size"] = model["vocab_size"] or vocab_size
+    if model["vocab_size"] < vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={model['vocab_size']}; expected 0 or at least the tokenizer's "
+            f"{vocab_size}"
+        )
+    attention = config.attention.to_dict()
+    attention["pattern"] = tuple(attention["pattern"])
+    attention["implementation"] = attention["implementation"] or None
+    try:
+        return nn.DecoderConfig(**model, attention=nn.AttentionConfig(**attention))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def mesh_shape(config: ml_collections.ConfigDict, device_count: int) -> dict[str, int]:
+    """Returns the size of each mesh axis, with -1 replaced by what remains of the devices.
+
+    Raises:
+      ConfigError: the axes do not multiply to `device_count`.
+    """
+    shape = {axis: config.mesh[axis] for axis in ("data", "fsdp", "tensor")}
+    for axis, size in shape.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis}={size}; expected a positive size, or -1 for the rest")
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1:
+        raise ConfigError(f"mesh.{free[1]}=-1 beside mesh.{free[0]}=-1; expected at most one -1")
+    given = math.prod(size for size in shape.values() if size != -1)
+    if free:
+        if device_count % given:
+            raise ConfigError(
+                f"mesh.{free[0]}=-1 with the other axes taking {given}; expected these to divide "
+                f"the {device_count} devices"
+            )
+        shape[free[0]] = device_count // given
+    elif given != device_count:
+        raise ConfigError(
+            f"mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']} x mesh.tensor="
+            f"{shape['tensor']} takes {given} devices; this run has {device_count} "
+            "(mesh.data=-1 takes all that remain)"
+        )
+    return shape
+
+
+def validate_config(config: ml_collections.ConfigDict, device_count: int) -> None:
+    """Checks a run's configuration; compiles nothing, reads no text and writes nothing.
+
+    Args:
+      config: a run's configuration.
+      device_count: devices of all processes together.
+
+    Raises:
+      ConfigError: a field is impossible or two fields contradict; the message names them.
+    """
+    try:
+        validate_data_config(config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    _at_least(config, "model.vocab_size", 0)
+    # The tokenizer may still have to be trained: a stand-in checks every other field now.
+    decoder_config(config, config.model.vocab_size or 1)
+
+    _positive(config, "optimizer.learning_rate")
+    _at_least(config, "optimizer.warmup_steps", 0)
+    _within(config, "optimizer.end_fraction", 0.0, 1.0)
+    _within(config, "optimizer.b1", 0.0, 1.0, open_end=True)
+    _within(config, "optimizer.b2", 0.0, 1.0, open_end=True)
+    _positive(config, "optimizer.eps")
+    _at_least(config, "optimizer.weight_decay", 0)
+    _at_least(config, "optimizer.clip_norm", 0)
+    _at_least(config, "optimizer.z_loss", 0)
+    _at_least(config, "optimizer.accumulate", 1)
+    for field in ("steps", "batch_size", "loss_chunk", "log_every", "checkpoint_every", "keep"):
+        _at_least(config, f"train.{field}", 1)
+    _at_least(config, "train.max_bad_steps", 1)
+    for field in ("train.eval_every", "train.eval_batches", "sample.length", "eval.batches"):
+        _at_least(config, field, 0)
+    _at_least(config, "sample.temperature", 0)
+    _at_least(config, "eval.batch_size", 1)
+    _at_least(config, "eval.position_buckets", 1)
+    if config.optimizer.warmup_steps >= config.train.steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps={config.optimizer.warmup_steps}; expected fewer than "
+            f"train.steps={config.train.steps}"
+        )
+
+    shape = mesh_shape(config, device_count)
+    rows = shape["data"] * shape["fsdp"]
+    accumulate = config.optimizer.accumulate
+    if config.train.batch_size % (accumulate * rows):
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size}; expected a multiple of "
+            f"optimizer.accumulate={accumulate} x mesh.data={shape['data']} x "
+            f"mesh.fsdp={shape['fsdp']}"
+        )
+    for field in ("attention.num_heads", "attention.num_kv_heads", "model.mlp_dim"):
+        if _get(config, field) % shape["tensor"]:
+            raise ConfigError(
+                f"{field}={_get(config, field)}; expected a multiple of "
+                f"mesh.tensor={shape['tensor']}"
+            )
+    if config.model.d_model % shape["fsdp"]:
+        raise ConfigError(
+            f"model.d_model={config.model.d_model}; expected a multiple of "
+            f"mesh.fsdp={shape['fsdp']}"
+        )
+
+
+def _get(config: ml_collections.ConfigDict, field: str) -> Any:
+    section, name = field.split(".")
+    return config[section][name]
+
+
+def _at_least(config: ml_collections.ConfigDict, field: str, minimum: float) -> None:
+    value = _get(config, field)
+    if not value >= minimum:
+        raise ConfigError(f"{field}={value!r}; expected at least {minimum}")
+
+
+def _positive(config: ml_collections.ConfigDict, field: str) -> None:
+    value = _get(config, field)
+    if not value > 0:
+        raise ConfigError(f"{field}={value!r}; expected a number above 0")
+
+
+def _within(
+    config: ml_collections.ConfigDict,
+    field: str,
+    low: float,
+    high: float,
+    *,
+    open_end: bool = False,
+) -> None:
+    value = _get(config, field)
+    if not (low <= value < high if open_end else low <= value <= high):
+        end = "below" if open_end else "at most"
+        raise ConfigError(f"{field}={value!r}; expected at least {low} and {end} {high}")
