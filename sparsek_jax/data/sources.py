@@ -257,7 +257,7 @@ def _tfds_builder(config: ml_collections.ConfigDict, description: str):
         builder = tfds.builder(config.tfds, data_dir=data_dir)
     except Exception as error:  # not found, bad version, bad config: TFDS has a type for each
         raise ValueError(
-            f"{description}: {error}; expected a TFDS dataset prepared in "
+            f"{description}: {str(error).splitlines()[0]} Expected a TFDS dataset prepared in "
             f"{data_dir or 'the default TFDS directory'}, one that TFDS can download, or the "
             "directory of a prepared one"
         ) from error
