@@ -31,12 +31,15 @@ def sparsek_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention over a sliding window and the k keys that a learned score selects (arXiv 2406.16747).
+    """Causal attention over a sliding window and k keys that a learned score selects.
 
-    One softmax runs over both. The pool of query t is every key `j <= t - w` of its document (`j <= t` without a window); of
-    these it keeps the k first in the order (score descending, index ascending), all of them while there are no more than
-    k. A selected key's logit and value are multiplied by its gate, the SparseK projection of the pool's scores; keys of the
-    window, `t - w < j <= t`, are not gated. While no pool exceeds k this is dense causal attention.
+    SparseK attention, arXiv 2406.16747.
+
+    One softmax runs over both. The pool of query t is every key `j <= t - w` of its document
+    (`j <= t` without a window). Of these it keeps the k first in the order (score descending, index
+    ascending), all of them while there are no more than k. A selected key's logit and value are
+    multiplied by its gate, the SparseK projection of the pool's scores. Keys of the window,
+    `t - w < j <= t`, are not gated. While no pool exceeds k this is dense causal attention.
 
     Differentiable in query, key, value and scores (reverse mode).
 
@@ -44,16 +47,21 @@ def sparsek_attention(
       query: `[B, T, N, H]`, N a multiple of K; float32 or bfloat16 (float16 works too).
       key: `[B, T, K, H]`, dtype of query.
       value: `[B, T, K, H]`, dtype of query.
-      scores: Importance of every key, `[B, T, K]` or, shared by all KV heads, `[B, T, 1]`. Should be float32.
+      scores: Importance of every key, `[B, T, K]` or, shared by all KV heads, `[B, T, 1]`. Should
+        be float32.
       num_selected: k, at least 1; may exceed T.
       sliding_window: w, at least 0; may exceed T.
-      gating: "soft", or "straight_through": gates are 1 in the forward pass and have the soft gate's gradient.
+      gating: "soft", or "straight_through": gates are 1 in the forward pass and have the soft
+        gate's gradient.
       scale: Factor on the logits; 1 / sqrt(H) by default.
-      segment_ids: Optional integer ids of packed documents. A document is a maximal run of equal ids; none sees another.
-      implementation: "xla" (chunked, memory linear in T), "reference" (dense, for checking), or None for the best one.
+      segment_ids: Optional integer ids of packed documents. A document is a maximal run of equal
+        ids; none sees another.
+      implementation: "xla" (chunked, memory linear in T), "reference" (dense, for checking), or
+        None for the best one.
 
     Returns:
-      The attention output, shape and dtype of query. Where a query's pool contains a NaN or infinite score, NaN.
+      The attention output, shape and dtype of query. Where a query's pool contains a NaN or
+      infinite score, NaN.
 
     Raises:
       TypeError: An array has the wrong dtype, or `num_selected` or `sliding_window` is not an int.
@@ -70,12 +78,12 @@ def sparsek_attention(
         )
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
-            f"implementation={name!r} is unknown; expected one of {sorted(_IMPLEMENTATIONS)} or None"
+            f"implementation={name!r} is unknown; expected {sorted(_IMPLEMENTATIONS)} or None"
         )
     if query.size == 0:
         return query
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    # An infinite score has no finite threshold. It must be as loud as a NaN in every implementation.
+    # An infinite score has no finite threshold: as loud as a NaN in every implementation.
     scores = jnp.where(jnp.isinf(scores), jnp.nan, scores)
     return _IMPLEMENTATIONS[name](
         query,
@@ -106,8 +114,8 @@ def _check(query, key, value, scores, gating, scale) -> None:
     for name, array in (("key", key), ("value", value)):
         if array.shape != expected:
             raise ValueError(
-                f"{name} has shape {array.shape}, expected [B, T, K, H] = {expected} to fit query of "
-                f"shape {query.shape}"
+                f"{name} has shape {array.shape}, expected [B, T, K, H] = {expected} to fit "
+                f"query of shape {query.shape}"
             )
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, ScalarLike
 
-# Halving [-1, 0] this often reaches the spacing of float32 just below one (2^-24), twice over for float64.
+# Halving [-1, 0] this often passes the spacing of the dtype's numbers just below one.
 _ROUNDS = {np.dtype("float32"): 26, np.dtype("float64"): 54}
 
 
@@ -19,20 +19,23 @@ def sparsek(
     axis: int = -1,
     where: Bool[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
-    """Projects `z` onto {0 <= p <= 1, sum p = k} along `axis` (Lou et al. 2024, the SparseK operator).
+    """Projects `z` onto {0 <= p <= 1, sum p = k} along `axis`: SparseK, arXiv 2406.16747.
 
-    The solution is `clip(z - tau, 0, 1)` with the one `tau` that makes it sum to `k`; `k = 1` is sparsemax. Where no more
-    than `k` entries exist, every one is 1. The gradient is the closed form `s * (g - mean_s(g))` on the interior
-    `s = {0 < p < 1}`.
+    The solution is `clip(z - tau, 0, 1)` with the one `tau` that makes it sum to `k`; `k = 1` is
+    sparsemax. Where no more than `k` entries exist, every one is 1. The gradient is the closed form
+    `s * (g - mean_s(g))` on the interior `s = {0 < p < 1}`.
 
     Args:
-      z: Scores, any float dtype and shape `[..., n, ...]`. Computed in float32 (float64 stays float64).
+      z: Scores, any float dtype and shape `[..., n, ...]`. Computed in float32 (float64 stays
+        float64).
       k: Target sum, a positive int or float or a traced scalar. Differentiable when it is a float.
       axis: The axis that is projected.
-      where: Optional mask, broadcastable to `z`. Masked entries take no part and get zero; their gradient is zero.
+      where: Optional mask, broadcastable to `z`. Masked entries take no part and get zero; their
+        gradient is zero.
 
     Returns:
-      The projection, shape and dtype of `z`. A row with a NaN in an unmasked entry is NaN throughout.
+      The projection, shape and dtype of `z`. A row with a NaN in an unmasked entry is NaN
+      throughout.
 
     Raises:
       TypeError: `z` or `where` has the wrong dtype.
@@ -70,7 +73,7 @@ def sparsek(
 
 
 def check_k(name: str, k: Any) -> None:
-    """Raises unless `k` is a scalar that is positive, as far as its value is known while tracing."""
+    """Raises unless `k` is a positive scalar, as far as its value is known while tracing."""
     if jnp.ndim(k) != 0:
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(k)}")
     if not isinstance(k, jax.core.Tracer) and not (math.isfinite(k) and k > 0):
@@ -87,8 +90,9 @@ def _project(
     big = jnp.finfo(z.dtype).max
     finite = jnp.where(where, jnp.clip(jnp.nan_to_num(z, nan=0.0), -big, big), -big)
 
-    # With c the ceil(k)-th largest entry, tau lies in [c - 1, c): fewer than k entries exceed c, at least k reach it.
-    # Measured from c every entry that matters is small, so scores near 1e4 lose no digit.
+    # With c the ceil(k)-th largest entry, tau lies in [c - 1, c): fewer than k entries exceed c, at
+    # least k reach it. Measured from c every entry that matters is small, so scores near 1e4 lose
+    # no digit.
     nth = jnp.clip(jnp.ceil(k).astype(jnp.int32), 1, n) - 1
     pivot = jnp.take(jnp.sort(finite, axis=-1, descending=True), nth, axis=-1)[..., None]
     y = jnp.where(where, jnp.clip(finite - pivot, -1.0, 1.0), -1.0)
@@ -102,8 +106,10 @@ def _project(
         middle = (low + high) / 2
         interior, ones = interior_and_ones(middle)
         mass = jnp.sum(jnp.where(interior, y - middle, 0), -1, keepdims=True)
-        enough = mass >= k - ones.astype(y.dtype)
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        # Where a range of tau gives the sum k this finds its lower end, at which every 1 is clear
+        # of the interior.
+        too_low = mass > k - ones.astype(y.dtype)
+        return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 
     high = jnp.zeros_like(pivot)
     low, _ = jax.lax.fori_loop(0, _ROUNDS[z.dtype], halve, (high - 1, high))

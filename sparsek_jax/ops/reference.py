@@ -1,4 +1,4 @@
-"""SparseK attention written for clarity: dense [T, T] masks, O(T^2) time and memory, gradients by autodiff."""
+"""SparseK attention written for clarity: dense [T, T] masks and gradients by autodiff."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,10 @@ def sparsek_attention_reference(
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
-    """`sparsek_attention` over whole rows; arguments as there, already checked. Computes in float32 or wider."""
+    """`sparsek_attention` over whole rows; arguments as there, already checked.
+
+    Takes O(T^2) time and memory. Computes in float32 or wider.
+    """
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     dtype = jnp.promote_types(query.dtype, jnp.float32)
@@ -56,6 +59,6 @@ def pool_and_window(
     position = jnp.arange(length)
     age = position[:, None] - position
     same_document = position >= start[:, :, None]
-    return same_document & (age >= sliding_window), same_document & (0 <= age) & (
+    return same_document & (age >= sliding_window), same_document & (age >= 0) & (
         age < sliding_window
     )

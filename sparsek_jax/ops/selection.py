@@ -1,17 +1,22 @@
-"""Causal selection: which keys every query keeps and how strongly, in O(T log T) time and O(T) memory.
+"""Causal selection: which keys every query keeps, and how strongly, in O(T log T) time.
 
-For query t the pool is the contiguous range of keys `document_start(t) <= j <= t - w`. Two numbers per query describe its
-whole selection: the k-th key of the pool (the cutoff) and the threshold tau of its SparseK projection. Both are order
-statistics of a contiguous range, so all queries find theirs at once by walking one sorted tree, a wavelet matrix:
+For query t the pool is the contiguous range of keys `document_start(t) <= j <= t - w`. Two numbers
+per query describe its whole selection: the k-th key of the pool (the cutoff) and the threshold tau
+of its SparseK projection. Both are order statistics of a contiguous range, so all queries find
+theirs at once by walking one sorted tree, a wavelet matrix:
 
-  * clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x). Let every key contribute the breakpoint u with weight +1 and the
-    breakpoint u - 1 with weight -1. Then f(x) = sum over the pool of clip(u - x, 0, 1) is the sum of weight * (b - x) over
-    the breakpoints b > x: piecewise linear, falling, with f(tau) = k.
-  * Sort all breakpoints. The wavelet matrix stores the sorted ranks in order of position and splits them bit by bit, so
-    that count and sum over "range of positions" x "larger half of a node" are differences of prefix sums.
-  * Every query descends one bit a level, towards the piece of f on which it crosses k, and solves that piece.
+  * clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x). Let every key contribute the breakpoint u
+    with weight +1 and the breakpoint u - 1 with weight -1. Then the sum over the
+    pool of clip(u - x, 0, 1) is f(x) = sum of weight * (b - x) over the breakpoints b > x:
+    piecewise linear, falling, with f(tau) = k.
+  * Sort all breakpoints. The wavelet matrix stores the sorted ranks in order of position and splits
+    them bit by bit, so that count and sum over "range of positions" x "larger half of a node" are
+    differences of prefix sums.
+  * Every query descends one bit a level, towards the piece of f on which it crosses k, and solves
+    that piece.
 
-Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on another one's rounding.
+Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
+another one's rounding.
 """
 
 import dataclasses
@@ -31,16 +36,21 @@ from sparsek_jax.ops.tracing import varying_like
 )
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Every query's selection. Key j of the pool of query t is selected if it comes no later than the cutoff in the order
+    """Every query's selection.
+
+    Key j of the pool of query t is selected if it comes no later than the cutoff in the order
     (score descending, index ascending); its gate is `clip(scores[j] - tau[t], 0, 1)`.
 
     Attributes:
-      cutoff_score: Score of the k-th key of the pool; -inf while the pool holds no more than k keys.
+      cutoff_score: Score of the k-th key of the pool; -inf while the pool holds no more than k
+        keys.
       cutoff_index: Position of that key; T while the pool holds no more than k keys.
-      tau: Threshold of the SparseK projection of the pool's scores; -inf while the pool holds no more than k keys.
-      candidates: For the first query of every chunk, the positions of its selected keys, best first, -1 where there are
-        fewer. The list has min(k, T) entries. Within a chunk, any query of the same document selects from these and from
-        the keys that entered the pool after the chunk's first query.
+      tau: Threshold of the SparseK projection of the pool's scores; -inf while the pool holds no
+        more than k keys.
+      candidates: For the first query of every chunk, the positions of its selected keys, best
+        first, -1 where there are fewer. The list has min(k, T) entries. Within a chunk, any query
+        of the same document selects from these and from the keys that entered the pool after the
+        chunk's first query.
       chunk_size: Queries per chunk.
     """
 
@@ -58,17 +68,21 @@ def causal_selection(
     sliding_window: int = 0,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Selection:
-    """Finds the selection of every query exactly (arXiv 2406.16747, causal form with a sliding window).
+    """Finds the selection of every query exactly: arXiv 2406.16747, causal, with a window.
 
-    Differentiable: `tau` carries the gradient of the projection to `scores`, as sums over each key's interval of interior
-    queries. The cutoffs and candidates are discrete and carry none.
+    Differentiable: `tau` carries the gradient of the projection to `scores`, as sums over each
+    key's interval of interior queries. The cutoffs and candidates are discrete and carry none.
+    Time O(T log T), memory O(T), no scan over tokens.
 
     Args:
-      scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed point with a resolution
-        of 2^-30 for T <= 65,536, coarser by four for every doubling beyond that.
+      scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed
+        point with a resolution of 2^-30 for T <= 65,536, coarser by four for every doubling beyond
+        that.
       num_selected: k, how many keys a query keeps.
-      sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the pool ends at the query.
-      segment_ids: Optional ids of packed documents. A document is a maximal run of equal ids; pools restart with it.
+      sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the
+        pool ends at the query.
+      segment_ids: Optional ids of packed documents. A document is a maximal run of equal ids; pools
+        restart with it.
 
     Returns:
       The `Selection`. A query whose pool contains a NaN or infinite score has NaN thresholds.
@@ -116,7 +130,7 @@ def check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
 
 
 def default_chunk_size(num_selected: int, length: int) -> int:
-    """Queries per chunk: about half of k, so that reading the chunk's list costs no more than its scores."""
+    """Queries per chunk: about half of k, so that a chunk's slab and list are of like size."""
     size = min(max(1 << (num_selected - 1).bit_length() >> 1, 64), 512)
     return min(size, 1 << max(length - 1, 0).bit_length())
 
@@ -180,8 +194,10 @@ def _thresholds(num_selected, window, chunk_size, scores, start, end):
 
 
 def _running_max(tau: Float[Array, " T"], start: Int32[Array, " T"]) -> Float[Array, " T"]:
-    """Maximum over the document so far. Exact thresholds rise already; this removes the last bit's noise, so that the
-    queries for which a key is interior are one interval to the bit.
+    """Maximum over the document so far.
+
+    Exact thresholds rise already. This removes the last bit's noise, so that the queries for which
+    a key is interior are one interval to the bit.
     """
 
     def combine(left, right):
@@ -193,7 +209,7 @@ def _running_max(tau: Float[Array, " T"], start: Int32[Array, " T"]) -> Float[Ar
 
 
 def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
-    """u as `high * 2^-bits + low * 2^-(2 bits)`, with 0 <= low < 2^bits and high modulo 2^32."""
+    """Writes u as `high * 2^-bits + low * 4^-bits`: 0 <= low < 2^bits, high modulo 2^32."""
     magnitude = jnp.fmod(jnp.abs(u), 2.0 ** (32 - bits)) * 2.0**bits
     whole = jnp.floor(magnitude)
     high = whole.astype(jnp.uint32).astype(jnp.int32)
@@ -213,17 +229,18 @@ def _descend(scores, num_selected, tau_range, quantile):
       scores: `[T]`.
       num_selected: k.
       tau_range: `(start, stop)`, each `[Q]`: ranges of keys whose tau is wanted.
-      quantile: `(start, stop, i)`, each `[R]`: ranges of keys whose i-th key (from 0) in the selection order is wanted.
+      quantile: `(start, stop, i)`, each `[R]`: ranges of keys whose i-th key (from 0) in the
+        selection order is wanted.
 
     Returns:
-      tau `[Q]`, meaningless where the range holds no more than k keys, and key positions `[R]`, meaningless where the
-      range holds no more than i keys.
+      tau `[Q]`, meaningless where the range holds no more than k keys, and key positions `[R]`,
+      meaningless where the range holds no more than i keys.
     """
     (length,) = scores.shape
     size = 2 * length
     levels = (size - 1).bit_length()
-    # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo 2^32; only f - k, which
-    # fits, is ever read as a number.
+    # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo
+    # 2^32; only f - k, which fits, is ever read as a number.
     bits = min(15, 31 - max(length - 1, 1).bit_length())
     k = min(num_selected, length - 1)
 
@@ -260,7 +277,7 @@ def _descend(scores, num_selected, tau_range, quantile):
         first, second, inside = split(t_begin, t_end)
         middle = t_node + (1 << bit)
         sums = t_sums + inside[:, 1:]
-        go_first = (middle >= size) | reaches_k(sums, middle)
+        go_first = (middle >= size) | exceeds_k(sums, middle)
         t_state = (
             jnp.where(go_first, first[0], second[0]),
             jnp.where(go_first, first[1], second[1]),
@@ -284,13 +301,14 @@ def _descend(scores, num_selected, tau_range, quantile):
         return sequence, t_state, q_state
 
     def excess(sums, rank):
-        """f - k at the breakpoint of a rank, in fixed point, from the sums over all ranks before it."""
+        """Fixed-point f - k at the breakpoint of a rank, from the sums over the ranks before."""
         count = sums[:, 0]
         return sums[:, 1] - count * high[rank] - (k << bits), sums[:, 2] - count * low[rank]
 
-    def reaches_k(sums, rank):
+    def exceeds_k(sums, rank):
         excess_high, excess_low = excess(sums, jnp.minimum(rank, size - 1))
-        return excess_high + (excess_low >> bits) >= 0
+        carried = excess_high + (excess_low >> bits)
+        return (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
 
     t_begin, t_end = (2 * x for x in tau_range)
     q_begin, q_end = (2 * x for x in quantile[:2])
@@ -304,7 +322,8 @@ def _descend(scores, num_selected, tau_range, quantile):
         0, levels, step, state
     )
 
-    # f is below k at the breakpoint of rank t_node and linear from it down to the next, where it reaches k.
+    # f is at most k at the breakpoint of rank t_node, and linear from it to the next, where it
+    # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.
     excess_high, excess_low = (x.astype(jnp.float32) for x in excess(t_sums, t_node))
     missing = -(excess_high * 2.0**-bits + excess_low * 4.0**-bits)
     count = t_sums[:, 0] + jnp.where(t_end > t_begin, weight[t_node], 0)
@@ -318,8 +337,10 @@ def _thresholds_fwd(num_selected, window, chunk_size, scores, start, end):
 
 
 def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
-    """tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t, and a key is interior during
-    one interval of queries: the sum over it is a difference of prefix sums.
+    """The gradient of tau as prefix sums.
+
+    tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t. A key is
+    interior during one interval of queries: its sum is a difference of prefix sums.
     """
     del num_selected, chunk_size
     scores, tau, end = residuals

@@ -1,9 +1,10 @@
 """SparseK attention for any XLA device: a scan over chunks of queries, memory linear in T.
 
-A chunk of C queries attends to at most the k keys that its first query has selected (a gathered list) and the w + C - 1 keys
-from that query's window on (a contiguous slab). Whether a query attends to a key, and with which gate, follows from the
-key's score and the query's cutoff and tau. Every chunk holds all keys of its queries, so a plain softmax over the tile is
-exact, and the backward pass recomputes it from the inputs alone.
+A chunk of C queries attends to at most the k keys that its first query has selected (a gathered
+list) and the w + C - 1 keys from that query's window on (a contiguous slab). Whether a query
+attends to a key, and with which gate, follows from the key's score and the query's cutoff and tau.
+Every chunk holds all keys of its queries, so a plain softmax over the tile is exact, and the
+backward pass recomputes it from the inputs alone.
 """
 
 import functools
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from sparsek_jax.ops.selection import Selection, causal_selection, document_bounds
+from sparsek_jax.ops.selection import causal_selection, document_bounds
 from sparsek_jax.ops.tracing import varying_like
 
 
@@ -88,7 +89,8 @@ class _Gates(NamedTuple):
     attended: Bool[Array, "B K C L"]
     # What multiplies logit and value.
     gate: Float[Array, "B K C L"]
-    # Selected keys, to which the gate's gradient flows, and those of them whose gate is strictly between 0 and 1.
+    # Selected keys, to which the gate's gradient flows, and those of them whose gate is strictly
+    # between 0 and 1.
     interior: Bool[Array, "B K C L"]
 
 
@@ -120,36 +122,22 @@ def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
 
 def _tile_forward(settings, queries, keys, gates):
     """Scaled logits before gating, probabilities, and the output `[B, C, K, G, H]` of one tile."""
-    precision = _precision(queries.query.dtype)
-    logits = settings.scale * jnp.einsum(
-        "bckgh,bklh->bkgcl",
-        queries.query,
-        keys.key,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    logits = settings.scale * _einsum("bckgh,bklh->bkgcl", queries.query, keys.key)
     gate = gates.gate[:, :, None]
     gated = jnp.where(gates.attended[:, :, None], logits * gate, -jnp.inf)
     probabilities = jax.nn.softmax(gated, axis=-1)
-    out = jnp.einsum(
-        "bkgcl,bklh->bckgh",
-        (probabilities * gate).astype(keys.value.dtype),
-        keys.value,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    weights = (probabilities * gate).astype(keys.value.dtype)
+    out = _einsum("bkgcl,bklh->bckgh", weights, keys.value)
     return logits, probabilities, out
 
 
 def _tile_backward(settings, queries, keys, d_out):
-    """Cotangents of one tile: query `[B, C, K, G, H]`, key and value `[B, K, L, H]`, scores `[B, K, L]`, tau `[B, C, K]`."""
-    precision = _precision(queries.query.dtype)
-    einsum = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+    """Cotangents of one tile's query, key, value, score and tau, in float32."""
     gates = _gates(settings, queries, keys)
     logits, probabilities, _ = _tile_forward(settings, queries, keys, gates)
     gate = gates.gate[:, :, None]
 
-    d_weight = einsum("bckgh,bklh->bkgcl", d_out, keys.value)
+    d_weight = _einsum("bckgh,bklh->bkgcl", d_out, keys.value)
     correction = jnp.sum(probabilities * gate * d_weight, axis=-1, keepdims=True)
     d_gated = probabilities * (gate * d_weight - correction)
     # Products with a NaN of a key that is not attended must not spread.
@@ -160,9 +148,9 @@ def _tile_backward(settings, queries, keys, d_out):
 
     dtype = queries.query.dtype
     d_logits = (settings.scale * d_logits).astype(dtype)
-    d_query = einsum("bkgcl,bklh->bckgh", d_logits, keys.key)
-    d_key = einsum("bkgcl,bckgh->bklh", d_logits, queries.query)
-    d_value = einsum("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
+    d_query = _einsum("bkgcl,bklh->bckgh", d_logits, keys.key)
+    d_key = _einsum("bkgcl,bckgh->bklh", d_logits, queries.query)
+    d_value = _einsum("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
     return (
         d_query,
         d_key,
@@ -172,16 +160,27 @@ def _tile_backward(settings, queries, keys, d_out):
     )
 
 
-def _precision(dtype):
-    # The default rounds float32 operands to TF32 on GPU and to bfloat16 on TPU.
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def _einsum(subscripts, x, y):
+    """Product of two arrays of the model's dtype, accumulated in and returned as float32."""
+    if x.dtype == jnp.float32:
+        # The default rounds float32 operands to TF32 on GPU and to bfloat16 on TPU.
+        return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)
+
+    def widened(x, y):
+        return jnp.einsum(subscripts, x.astype(jnp.float32), y.astype(jnp.float32))
+
+    def mixed(x, y):
+        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+    # XLA's CPU backend cannot multiply bfloat16 into float32 at every shape.
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=mixed)
 
 
 class _Layout:
     """Cuts padded arrays into chunks and slabs.
 
-    In the padded arrays position p lies at row `window + p`, so the slab of the chunk that starts at t begins at row t + 1
-    and never before the first row.
+    In the padded arrays position p lies at row `window + p`, so the slab of the chunk that starts
+    at t begins at row t + 1 and never before the first row.
     """
 
     def __init__(self, settings: _Settings, length: int):
@@ -260,7 +259,7 @@ def _chunks(layout: _Layout, query, tau, fixed) -> tuple[_Queries, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, query, key, value, score, tau, fixed):
-    """Attention output `[B, T, K, G, H]`. `fixed` holds what has no gradient: document starts, cutoffs, candidates."""
+    """Attention output `[B, T, K, G, H]`; `fixed`: document starts, cutoffs and candidates."""
     layout = _Layout(settings, query.shape[1])
     padded = [layout.pad_keys(x) for x in (key, value, score)]
 
@@ -318,7 +317,7 @@ def _attend_bwd(settings, residuals, d_out):
 
 
 def _add_rows(padded, rows, update):
-    """Adds `[B, K, L, ...]` to `rows` `[B, K, L]` of every head of `[B, R, K, ...]`; rows past the end are dropped."""
+    """Adds `[B, K, L, ...]` to `rows` `[B, K, L]` of every head, dropping rows past the end."""
 
     def one_head(x, r, u):
         return x.at[r].add(u, mode="drop")
