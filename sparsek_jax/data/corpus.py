@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -184,7 +184,11 @@ def _write(directory: Path, source: Source, config: ml_collections.ConfigDict) -
     logging.info("Prepared %s in %.1f s", directory, time.monotonic() - started)
 
 
-def _write_records(directory: Path, documents, tokenizer: Tokenizer) -> None:
+def _write_records(
+    directory: Path,
+    documents: Callable[[Split], Iterator[tuple[str, bytes]]],
+    tokenizer: Tokenizer,
+) -> None:
     import tensorflow_datasets as tfds
 
     from sparsek_jax.data.builder import TokenizedDocuments

@@ -205,6 +205,17 @@ def test_processes_share_each_epoch(config, process_count):
         assert sorted(shard) == sorted(expected)
 
 
+def test_one_training_document_serves_many_processes(config):
+    config.max_documents = 2
+    corpus = prepare(config)
+    assert len(corpus.train) == len(corpus.validation) == 1
+    for process_index in range(3):
+        iterator = train_iterator(
+            corpus, config, batch_size=4, seed=0, process_index=process_index, process_count=3
+        )
+        assert [b["inputs"].shape for b in take(iterator, 3)] == [(4, 8)] * 3
+
+
 @pytest.mark.parametrize("process_count", [2, 5])
 def test_validation_shards_make_up_the_joint_batches(config, process_count):
     corpus = prepare(config)
