@@ -46,16 +46,12 @@ def sparsek_attention_xla(
         )
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     settings = _Settings(selection.chunk_size, window, scale, gating == "soft")
-    out = _attend(
-        settings,
-        grouped,
-        key,
-        value,
-        scores,
-        selection.tau,
-        (start, selection.cutoff_score, selection.cutoff_index, selection.candidates),
-    )
-    return out.reshape(query.shape)
+    fixed = (start, selection.cutoff_score, selection.cutoff_index, selection.candidates)
+    arrays = (grouped, key, value, scores, selection.tau, fixed)
+    # Under `shard_map` an argument may be replicated where another is split, such as shared scores
+    # next to heads. Its gradient is then a sum over devices, which this cast's transpose takes.
+    arrays = jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(arrays)), arrays)
+    return _attend(settings, *arrays).reshape(query.shape)
 
 
 class _Settings(NamedTuple):
