@@ -1,0 +1,145 @@
+"""How time and memory of SparseK attention grow with the context.
+
+    python benchmarks/scaling.py                          # CPU: T = 8,192 and 32,768
+    python benchmarks/scaling.py --length=8192,65536 --heads=12 --kv_heads=12 --dtype=bfloat16
+
+For every length it compiles forward and forward + backward, reads the peak temporary memory from
+the compiler's analysis and times the fastest of a few synchronised calls on random data.
+Correctness comes first: nothing is timed before the implementation equals the dense reference at a
+small length. Dense attention of JAX runs beside it where asked (`--dense`).
+"""
+
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from sparsek_jax import sparsek_attention
+
+_LENGTH = flags.DEFINE_list("length", ["8192", "32768"], "Context lengths T, shortest first.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Batch size B.")
+_HEADS = flags.DEFINE_integer("heads", 4, "Query heads N.")
+_KV_HEADS = flags.DEFINE_integer("kv_heads", 2, "KV heads K.")
+_HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Head size H.")
+_NUM_SELECTED = flags.DEFINE_integer("num_selected", 512, "Selected keys k.")
+_WINDOW = flags.DEFINE_integer("sliding_window", 512, "Sliding window w.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of q, k and v.")
+_IMPLEMENTATION = flags.DEFINE_string("implementation", "xla", "What is measured.")
+_DENSE = flags.DEFINE_bool("dense", False, "Also time jax.nn.dot_product_attention.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls; the fastest counts.")
+
+
+def make_inputs(length: int) -> list[jax.Array]:
+    """Random query, key, value, scores and output cotangent."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    shape = (_BATCH.value, length)
+    heads = (_HEADS.value, _KV_HEADS.value, _KV_HEADS.value, _HEADS.value)
+    query, key, value, d_out = (
+        jax.random.normal(k, (*shape, n, _HEAD_DIM.value), _DTYPE.value)
+        for k, n in zip(keys, heads, strict=False)
+    )
+    return [query, key, value, jax.random.normal(keys[4], (*shape, _KV_HEADS.value)), d_out]
+
+
+def sparse(query, key, value, scores, implementation):
+    """The measured operator."""
+    return sparsek_attention(
+        query,
+        key,
+        value,
+        scores,
+        num_selected=_NUM_SELECTED.value,
+        sliding_window=_WINDOW.value,
+        implementation=implementation,
+    )
+
+
+def dense(query, key, value, scores):
+    """JAX's dense causal attention; ignores the scores."""
+    del scores
+    cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
+    implementation = "cudnn" if cudnn else "xla"
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=True, implementation=implementation
+    )
+
+
+def check() -> float:
+    """Largest relative error of output and gradients against the float32 reference, T = 2k + w."""
+    *arrays, d_out = make_inputs(2 * _NUM_SELECTED.value + _WINDOW.value)
+
+    def results(implementation, arrays, d_out):
+        function = functools.partial(sparse, implementation=implementation)
+        out, vjp = jax.vjp(function, *arrays)
+        return [out, *vjp(d_out)]
+
+    run = jax.jit(results, static_argnums=0)
+    actual = run(_IMPLEMENTATION.value, arrays, d_out)
+    widened = [x.astype(jnp.float32) for x in arrays]
+    expected = run("reference", widened, d_out.astype(jnp.float32))
+    errors = [
+        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(np.asarray(y, np.float64))
+        for x, y in zip(actual, expected, strict=True)
+    ]
+    return max(errors)
+
+
+def measure(function, arguments) -> tuple[float, int]:
+    """Seconds of the fastest call, and temporary bytes of the compiled program."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    jax.block_until_ready(compiled(*arguments))
+    times = []
+    for _ in range(_REPEATS.value):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times), compiled.memory_analysis().temp_size_in_bytes
+
+
+def main(argv):
+    """Checks, measures and prints one line of JSON per measurement."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    tolerance = 1e-5 if _DTYPE.value == "float32" else 5e-3
+    error = check()
+    if not error <= tolerance:
+        raise SystemExit(f"error {error:.1e} exceeds {tolerance:.0e}: nothing is timed")
+    device = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {device}, error {error:.1e} (at most {tolerance:.0e})")
+
+    functions = {"sparsek": functools.partial(sparse, implementation=_IMPLEMENTATION.value)}
+    if _DENSE.value:
+        functions["dense"] = dense
+    for name, function in functions.items():
+        for mode in ("forward", "forward+backward"):
+            first = None
+            for length in (int(x) for x in _LENGTH.value):
+                arguments = make_inputs(length)
+                if mode == "forward":
+                    seconds, temporary = measure(function, arguments[:-1])
+                else:
+
+                    def gradients(*arguments, function=function):
+                        out, vjp = jax.vjp(function, *arguments[:-1])
+                        return out, vjp(arguments[-1])
+
+                    seconds, temporary = measure(gradients, arguments)
+                first = first or (seconds, temporary)
+                row = {
+                    "attention": name,
+                    "mode": mode,
+                    "length": length,
+                    "ms": round(1e3 * seconds, 3),
+                    "temporary_MiB": round(temporary / 2**20, 1),
+                    "time_ratio": round(seconds / first[0], 2),
+                    "memory_ratio": round(temporary / first[1], 2),
+                }
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
