@@ -173,10 +173,12 @@ def _einsum(subscripts, x, y):
 
 
 class _Layout:
-    """Cuts padded arrays into chunks and slabs.
+    """Cuts arrays into chunks of queries and slabs of keys.
 
-    In the padded arrays position p lies at row `window + p`, so the slab of the chunk that starts
-    at t begins at row t + 1 and never before the first row.
+    Keys are kept heads first, `[B, K, R, ...]`: a loop that gathers from, or adds to, an array
+    whose head axis lies inside would copy it whole in every step. They are padded in front, so that
+    position p lies at row `window + p` and the slab of the chunk that starts at t begins at row t +
+    1.
     """
 
     def __init__(self, settings: _Settings, length: int):
@@ -187,12 +189,13 @@ class _Layout:
         self.length = length
 
     def pad_keys(self, x):
-        """`[B, T, K, ...]` to `[B, window + chunks * C, K, ...]`."""
+        """`[B, T, K, ...]` to `[B, K, window + chunks * C, ...]`."""
         after = self.num_chunks * self.chunk_size - self.length
-        return jnp.pad(x, [(0, 0), (self.window, after)] + [(0, 0)] * (x.ndim - 2))
+        widths = [(0, 0), (0, 0), (self.window, after)] + [(0, 0)] * (x.ndim - 3)
+        return jnp.pad(jnp.swapaxes(x, 1, 2), widths)
 
     def unpad_keys(self, x):
-        return x[:, self.window : self.window + self.length]
+        return jnp.swapaxes(x[:, :, self.window : self.window + self.length], 1, 2)
 
     def chunked(self, x, mode="edge"):
         """`[B, T, ...]` to `[chunks, B, C, ...]`, the last chunk filled up by padding of that mode.
@@ -209,18 +212,16 @@ class _Layout:
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : self.length]
 
     def slab(self, padded, first):
-        return jax.lax.dynamic_slice_in_dim(padded, first + 1, self.slab_size, axis=1)
+        return jax.lax.dynamic_slice_in_dim(padded, first + 1, self.slab_size, axis=2)
 
     def add_slab(self, padded, first, update):
         return jax.lax.dynamic_update_slice_in_dim(
-            padded, self.slab(padded, first) + update, first + 1, axis=1
+            padded, self.slab(padded, first) + update, first + 1, axis=2
         )
 
 
-def _rows(padded, rows):
-    """`[B, R, K, ...]` at `rows` `[B, K, L]` of every head: `[B, K, L, ...]`."""
-    per_head = jax.vmap(lambda x, r: x[r], in_axes=(1, 0))
-    return jax.vmap(per_head)(padded, rows)
+def _per_head(function):
+    return jax.vmap(jax.vmap(function))
 
 
 def _keys(layout: _Layout, key, value, score, candidates, first) -> _Keys:
@@ -228,8 +229,8 @@ def _keys(layout: _Layout, key, value, score, candidates, first) -> _Keys:
     rows = jnp.maximum(candidates, 0) + layout.window
 
     def gather(padded):
-        slab = jnp.moveaxis(layout.slab(padded, first), 1, 2)
-        return jnp.concatenate([_rows(padded, rows), slab], axis=2)
+        listed = _per_head(lambda x, r: x[r])(padded, rows)
+        return jnp.concatenate([listed, layout.slab(padded, first)], axis=2)
 
     slab_position = first - layout.window + 1 + jnp.arange(layout.slab_size, dtype=jnp.int32)
     position = jnp.concatenate(
@@ -285,13 +286,10 @@ def _attend_bwd(settings, residuals, d_out):
         d_query, *d_keys, d_tau = _tile_backward(settings, queries, keys, d_chunk)
         # An empty place in the list has a zero cotangent, and is sent past the end to be dropped.
         list_size = candidates.shape[-1]
-        rows = jnp.where(candidates >= 0, candidates + layout.window, padded[0].shape[1])
+        rows = jnp.where(candidates >= 0, candidates + layout.window, padded[0].shape[2])
+        add_rows = _per_head(lambda x, r, d: x.at[r].add(d, mode="drop"))
         totals = [
-            layout.add_slab(
-                _add_rows(total, rows, d[:, :, :list_size]),
-                first,
-                jnp.moveaxis(d[:, :, list_size:], 2, 1),
-            )
+            layout.add_slab(add_rows(total, rows, d[:, :, :list_size]), first, d[:, :, list_size:])
             for total, d in zip(totals, d_keys, strict=True)
         ]
         return totals, (d_query.astype(query.dtype), d_tau)
@@ -310,16 +308,6 @@ def _attend_bwd(settings, residuals, d_out):
         layout.unchunked(d_tau),
         None,
     )
-
-
-def _add_rows(padded, rows, update):
-    """Adds `[B, K, L, ...]` to `rows` `[B, K, L]` of every head, dropping rows past the end."""
-
-    def one_head(x, r, u):
-        return x.at[r].add(u, mode="drop")
-
-    per_head = jax.vmap(one_head, in_axes=(1, 0, 0), out_axes=1)
-    return jax.vmap(per_head)(padded, rows, update)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
