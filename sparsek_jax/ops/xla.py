@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import causal_selection, document_bounds
 from sparsek_jax.ops.tracing import varying_like
 
@@ -118,12 +119,12 @@ def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
 
 def _tile_forward(settings, queries, keys, gates):
     """Scaled logits before gating, probabilities, and the output `[B, C, K, G, H]` of one tile."""
-    logits = settings.scale * _einsum("bckgh,bklh->bkgcl", queries.query, keys.key)
+    logits = settings.scale * einsum_f32("bckgh,bklh->bkgcl", queries.query, keys.key)
     gate = gates.gate[:, :, None]
     gated = jnp.where(gates.attended[:, :, None], logits * gate, -jnp.inf)
     probabilities = jax.nn.softmax(gated, axis=-1)
     weights = (probabilities * gate).astype(keys.value.dtype)
-    out = _einsum("bkgcl,bklh->bckgh", weights, keys.value)
+    out = einsum_f32("bkgcl,bklh->bckgh", weights, keys.value)
     return logits, probabilities, out
 
 
@@ -133,7 +134,7 @@ def _tile_backward(settings, queries, keys, d_out):
     logits, probabilities, _ = _tile_forward(settings, queries, keys, gates)
     gate = gates.gate[:, :, None]
 
-    d_weight = _einsum("bckgh,bklh->bkgcl", d_out, keys.value)
+    d_weight = einsum_f32("bckgh,bklh->bkgcl", d_out, keys.value)
     correction = jnp.sum(probabilities * gate * d_weight, axis=-1, keepdims=True)
     d_gated = probabilities * (gate * d_weight - correction)
     # Products with a NaN of a key that is not attended must not spread.
@@ -144,9 +145,9 @@ def _tile_backward(settings, queries, keys, d_out):
 
     dtype = queries.query.dtype
     d_logits = (settings.scale * d_logits).astype(dtype)
-    d_query = _einsum("bkgcl,bklh->bckgh", d_logits, keys.key)
-    d_key = _einsum("bkgcl,bckgh->bklh", d_logits, queries.query)
-    d_value = _einsum("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
+    d_query = einsum_f32("bkgcl,bklh->bckgh", d_logits, keys.key)
+    d_key = einsum_f32("bkgcl,bckgh->bklh", d_logits, queries.query)
+    d_value = einsum_f32("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
     return (
         d_query,
         d_key,
@@ -154,22 +155,6 @@ def _tile_backward(settings, queries, keys, d_out):
         jnp.sum(d_gate, axis=2),
         -jnp.swapaxes(jnp.sum(d_gate, axis=3), 1, 2),
     )
-
-
-def _einsum(subscripts, x, y):
-    """Product of two arrays of the model's dtype, accumulated in and returned as float32."""
-    if x.dtype == jnp.float32:
-        # The default rounds float32 operands to TF32 on GPU and to bfloat16 on TPU.
-        return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)
-
-    def widened(x, y):
-        return jnp.einsum(subscripts, x.astype(jnp.float32), y.astype(jnp.float32))
-
-    def mixed(x, y):
-        return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
-
-    # XLA's CPU backend cannot multiply bfloat16 into float32 at every shape.
-    return jax.lax.platform_dependent(x, y, cpu=widened, default=mixed)
 
 
 class _Layout:

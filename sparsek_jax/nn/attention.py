@@ -1,0 +1,164 @@
+"""Attention layers: projections, rotary embedding, and one of three ways to mix values."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sparsek_jax.nn.alternatives import dense_attention, window_attention
+from sparsek_jax.nn.config import AttentionConfig
+from sparsek_jax.nn.rotary import apply_rotary
+from sparsek_jax.nn.scorer import ScoringNetwork
+from sparsek_jax.ops import sparsek_attention
+
+
+class Attention(nnx.Module):
+    """Query, key, value and output projections around `mix`, which the kinds define.
+
+    All kinds have the same parameters under the same names; SparseK adds a scoring network.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        *,
+        out_init: nnx.Initializer | None = None,
+        norm_eps: float = 1e-6,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Initialises the layer.
+
+        Args:
+          config: Heads, selection and options.
+          d_model: Width of input and output.
+          out_init: Initialiser of the output projection's kernel.
+          norm_eps: Epsilon of the QK norm.
+          dtype: Of the activations; parameters are float32.
+          rngs: Source of the initial weights.
+        """
+        self.config = config
+        query_dim = config.num_heads * config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        init = nnx.initializers.lecun_normal()
+
+        def linear(inputs, outputs, bias, kernel_init=init):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=jnp.float32,
+                kernel_init=kernel_init,
+                rngs=rngs,
+            )
+
+        self.query = linear(d_model, query_dim, config.qkv_bias)
+        self.key = linear(d_model, kv_dim, config.qkv_bias)
+        self.value = linear(d_model, kv_dim, config.qkv_bias)
+        self.out = linear(query_dim, d_model, config.out_bias, out_init or init)
+
+        def head_norm():
+            if not config.qk_norm:
+                return None
+            return nnx.RMSNorm(config.head_dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+
+        self.query_norm, self.key_norm = head_norm(), head_norm()
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
+        """Attends causally within documents.
+
+        Args:
+          x: Normalised hidden state, `[B, T, d_model]`.
+          positions: Position of every token within its document, for the rotary embedding.
+          segment_ids: Ids of packed documents; None: one document a row.
+
+        Returns:
+          The output `[B, T, d_model]`, and the keys' scores, float32 `[B, T, K or 1]`, if the kind
+          has any.
+        """
+        query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = (
+            apply_rotary(
+                heads,
+                positions,
+                theta=self.config.rope_theta,
+                rotary_dim=self.config.rotary_dim,
+            )
+            for heads in (query, key)
+        )
+        mixed, scores = self.mix(x, query, key, value, segment_ids)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), scores
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def mix(self, x, query, key, value, segment_ids):
+        """Returns attention output `[B, T, N, H]` and scores or None."""
+        raise NotImplementedError
+
+
+class SparseKAttention(Attention):
+    """Attention over a sliding window and the k keys that a learned score selects."""
+
+    def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs, **kwargs):
+        super().__init__(config, d_model, rngs=rngs, **kwargs)
+        self.scorer = ScoringNetwork(
+            d_model,
+            1 if config.shared_scores else config.num_kv_heads,
+            timestep_norm=config.timestep_norm,
+            slope=config.slope,
+            rngs=rngs,
+        )
+
+    def mix(self, x, query, key, value, segment_ids):
+        """Returns attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
+        scores = self.scorer(x, segment_ids)
+        out = sparsek_attention(
+            query,
+            key,
+            value,
+            scores,
+            num_selected=self.config.num_selected,
+            sliding_window=self.config.sliding_window,
+            gating=self.config.gating,
+            segment_ids=segment_ids,
+            implementation=self.config.implementation,
+        )
+        return out, scores
+
+
+class DenseAttention(Attention):
+    """Attention over the whole document."""
+
+    def mix(self, x, query, key, value, segment_ids):
+        """Returns attention output `[B, T, N, H]` and None."""
+        del x
+        return dense_attention(query, key, value, segment_ids=segment_ids), None
+
+
+class WindowAttention(Attention):
+    """Attention over a sliding window."""
+
+    def mix(self, x, query, key, value, segment_ids):
+        """Returns attention output `[B, T, N, H]` and None."""
+        del x
+        out = window_attention(
+            query,
+            key,
+            value,
+            sliding_window=self.config.sliding_window,
+            segment_ids=segment_ids,
+        )
+        return out, None
+
+
+KINDS = {"sparsek": SparseKAttention, "dense": DenseAttention, "window": WindowAttention}

@@ -1,0 +1,205 @@
+"""A decoder-only language model with any mix of attention kinds."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from sparsek_jax.nn.attention import KINDS
+from sparsek_jax.nn.config import DecoderConfig
+from sparsek_jax.ops.products import einsum_f32
+from sparsek_jax.ops.selection import document_bounds
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202) or GELU."""
+
+    def __init__(self, config: DecoderConfig, *, out_init: nnx.Initializer, rngs: nnx.Rngs):
+        def linear(inputs, outputs, init):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=config.mlp_bias,
+                dtype=jnp.dtype(config.dtype),
+                param_dtype=jnp.float32,
+                kernel_init=init,
+                rngs=rngs,
+            )
+
+        init = nnx.initializers.lecun_normal()
+        gated = config.activation == "swiglu"
+        self.gate = linear(config.d_model, config.mlp_dim, init) if gated else None
+        self.up = linear(config.d_model, config.mlp_dim, init)
+        self.down = linear(config.mlp_dim, config.d_model, out_init)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Transforms every position by itself."""
+        if self.gate is None:
+            return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, kind: str, *, rngs: nnx.Rngs):
+        # The residual stream sums 2 x num_layers outputs; each starts with its share of variance.
+        out_init = nnx.initializers.variance_scaling(
+            1 / (2 * config.num_layers), "fan_in", "truncated_normal"
+        )
+        self.parallel_residual = config.parallel_residual
+        self.attention_norm = make_norm(config, rngs=rngs)
+        self.attention = KINDS[kind](
+            config.attention,
+            config.d_model,
+            out_init=out_init,
+            norm_eps=config.norm_eps,
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
+        self.mlp_norm = make_norm(config, rngs=rngs)
+        self.mlp = MLP(config, out_init=out_init, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
+        """Returns the new residual stream, and the attention's scores if it has any."""
+        attended, scores = self.attention(
+            self.attention_norm(x), positions=positions, segment_ids=segment_ids
+        )
+        if self.parallel_residual:
+            return x + attended + self.mlp(self.mlp_norm(x)), scores
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), scores
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm and output projection.
+
+    Layer i is `layers[i]`. With `scan_layers`, `layers[j]` holds the stacked parameters of the
+    layers j, j + p, j + 2p, ... where p is the length of the attention pattern, or 1.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        """Initialises the model with the `params` stream of `rngs`."""
+        self.config = config
+        init = nnx.initializers.normal(0.02)
+        shape = (config.vocab_size, config.d_model)
+        self.embedding = nnx.Param(init(rngs.params(), shape, jnp.float32))
+
+        def block(kind):
+            return lambda rngs: Block(config, kind, rngs=rngs)
+
+        if config.scan_layers:
+            period = len(config.attention.pattern) or 1
+            repeats = config.num_layers // period
+
+            def stacked(kind):
+                return nnx.vmap(block(kind))(rngs.fork(split=repeats))
+
+            kinds = [config.attention.layer_kind(i) for i in range(period)]
+            self.layers = nnx.List([stacked(kind) for kind in kinds])
+        else:
+            kinds = [config.attention.layer_kind(i) for i in range(config.num_layers)]
+            self.layers = nnx.List([block(kind)(rngs) for kind in kinds])
+        self.final_norm = make_norm(config, rngs=rngs)
+        self.output = (
+            None if config.tie_embeddings else nnx.Param(init(rngs.params(), shape, jnp.float32))
+        )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float32[Array, "B T V"]:
+        """Logits of the next token at every position; arguments as `hidden`."""
+        return self.logits(self.hidden(tokens, positions=positions, segment_ids=segment_ids))
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
+        """Output projection of hidden states, accumulated in float32."""
+        table = self.embedding if self.output is None else self.output
+        return einsum_f32("...d,vd->...v", hidden, table[...].astype(hidden.dtype))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        return_scores: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], dict[int, Float32[Array, "B T K"]]]:
+        """Hidden states after the final norm.
+
+        Args:
+          tokens: Token ids, `[B, T]`.
+          positions: Positions for the rotary embedding; by default they count from 0 in every
+            document.
+          segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
+          return_scores: Also return the scores of every SparseK layer by its index.
+
+        Returns:
+          `[B, T, d_model]` in the config's dtype; with `return_scores` also the dict of float32
+          `[B, T, K or 1]`.
+        """
+        if positions is None:
+            start, _ = document_bounds(segment_ids, *tokens.shape)
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32) - start
+        x = self.embedding[...][tokens].astype(self.config.dtype)
+        splits = [nnx.split(layer) for layer in self.layers]
+        blocks = [
+            _rematerialised(
+                functools.partial(_apply, graphdef, positions=positions, segment_ids=segment_ids),
+                self.config.remat,
+            )
+            for graphdef, _ in splits
+        ]
+        states = [state for _, state in splits]
+        scores = {}
+        if self.config.scan_layers:
+
+            def repetition(x, states):
+                scores = []
+                for block, state in zip(blocks, states, strict=True):
+                    x, block_scores = block(state, x)
+                    scores.append(block_scores)
+                return x, scores
+
+            x, stacked = jax.lax.scan(repetition, x, states)
+            for offset, block_scores in enumerate(stacked):
+                if block_scores is not None:
+                    indices = range(offset, self.config.num_layers, len(blocks))
+                    scores |= dict(zip(indices, block_scores, strict=True))
+        else:
+            for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+                x, block_scores = block(state, x)
+                if block_scores is not None:
+                    scores[i] = block_scores
+        x = self.final_norm(x)
+        return (x, dict(sorted(scores.items()))) if return_scores else x
+
+
+def make_norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """RMSNorm or LayerNorm with statistics in float32."""
+    norm = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
+    return norm(config.d_model, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+
+def _apply(graphdef, state, x, *, positions, segment_ids):
+    block = nnx.merge(graphdef, state)
+    return block(x, positions=positions, segment_ids=segment_ids)
+
+
+def _rematerialised(function, remat):
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    policy = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}[remat]
+    return jax.checkpoint(function, policy=policy)
