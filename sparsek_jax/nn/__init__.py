@@ -1,8 +1,16 @@
-"""Layers (flax.nnx): the scoring network, attention and a decoder that mixes kinds of attention."""
+"""Flax (NNX) layers: scoring network, attention of three kinds and a decoder."""
 
-from sparsek_jax.nn.attention import SparseKAttention
+from sparsek_jax.nn.attention import DenseAttention, SparseKAttention, WindowAttention
 from sparsek_jax.nn.config import AttentionConfig, DecoderConfig
 from sparsek_jax.nn.decoder import Decoder
 from sparsek_jax.nn.scorer import ScoringNetwork
 
-__all__ = ["AttentionConfig", "Decoder", "DecoderConfig", "ScoringNetwork", "SparseKAttention"]
+__all__ = [
+    "AttentionConfig",
+    "Decoder",
+    "DecoderConfig",
+    "DenseAttention",
+    "ScoringNetwork",
+    "SparseKAttention",
+    "WindowAttention",
+]

@@ -1,170 +1,105 @@
-"""What SparseK attention is compared and mixed with: dense and sliding-window attention."""
+"""What SparseK is compared with: dense and sliding-window attention, causal, within documents.
 
-import functools
-from typing import Literal
+On GPU in half precision both run on cuDNN when rows are not packed. cuDNN takes a mask only as a
+[T, T] array, so packed rows, like every other device, use chunks of queries: memory linear in T.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
-from sparsek_jax.nn.attention import SelfAttention
 from sparsek_jax.ops.selection import document_bounds
 
-# Queries that attend at a time where no fused kernel masks by itself; with it the logits, or
-# cuDNN's mask, take memory linear in T.
-_QUERIES_AT_A_TIME = {"xla": 256, "cudnn": 1024}
+_DENSE_CHUNK = 512
 
 
-class DenseAttention(SelfAttention):
-    """Every token attends to all earlier ones of its document."""
-
-    def attend(self, query, key, value, scores, segment_ids):
-        """Applies `causal_attention`."""
-        del scores
-        return causal_attention(query, key, value, segment_ids=segment_ids)
-
-
-class WindowAttention(SelfAttention):
-    """Every token attends to the newest `sliding_window` of its document, its own included."""
-
-    def attend(self, query, key, value, scores, segment_ids):
-        """Applies `causal_attention` with a window."""
-        del scores
-        return causal_attention(
-            query,
-            key,
-            value,
-            sliding_window=self.config.sliding_window,
-            segment_ids=segment_ids,
-        )
-
-
-def causal_attention(
+def dense_attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
     *,
-    sliding_window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal softmax attention through `jax.nn.dot_product_attention`, memory linear in T.
-
-    Where the computation is lowered for CUDA, and cuDNN takes its dtype and head size, this is
-    cuDNN's flash attention. Its causal and window masks do not know packed documents: with
-    `segment_ids` it gets the mask of one chunk of queries at a time. Elsewhere XLA does these
-    chunks.
-
-    Args:
-      query: `[B, T, N, H]`, N a multiple of K.
-      key: `[B, T, K, H]`.
-      value: `[B, T, K, H]`.
-      sliding_window: Query t sees keys t - w < j <= t; time is then linear in T. None: all j <= t.
-      segment_ids: Ids of packed documents (maximal runs of equal ids).
-
-    Returns:
-      Shape and dtype of `query`.
-    """
+    """Causal attention over the whole document; shapes and dtypes as `sparsek_attention`."""
+    if segment_ids is None and _cudnn_supports(query):
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
     batch, length = query.shape[:2]
-    if sliding_window is not None and sliding_window >= length:
-        sliding_window = None
-    oldest, _ = document_bounds(segment_ids, batch, length)
-    if sliding_window is not None:
-        oldest = jnp.maximum(oldest, jnp.arange(length) - sliding_window + 1)
-    chunked = functools.partial(_attend_in_chunks, sliding_window)
-    on_cuda = functools.partial(chunked, "cudnn")
-    if segment_ids is None:
-        on_cuda = functools.partial(_attend_fused, sliding_window)
-    elsewhere = functools.partial(chunked, "xla")
-    arguments = (query, key, value, oldest)
-    if not _is_supported(on_cuda, *arguments):
-        return elsewhere(*arguments)
-    return jax.lax.platform_dependent(*arguments, cuda=on_cuda, default=elsewhere)
+    chunk_size = min(_DENSE_CHUNK, length)
+    start, _ = document_bounds(segment_ids, batch, length)
+    positions = jnp.arange(length)
+
+    def chunk(inputs):
+        query, start, query_positions = inputs
+        return _masked_attention(query, key, value, start, query_positions, positions)
+
+    chunks = (_split(query, chunk_size), _split(start, chunk_size))
+    query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
+    out = jax.lax.map(jax.checkpoint(chunk), (*chunks, query_positions))
+    return _join(out, length)
 
 
-def _is_supported(function, *arguments) -> bool:
-    # JAX has no other way to ask what cuDNN takes: it raises while it is traced, RuntimeError if
-    # cuDNN is not installed, NotImplementedError for a dtype or a head size.
-    try:
-        jax.eval_shape(function, *arguments)
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
+def window_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    sliding_window: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of query t over `t - sliding_window < j <= t` of its document; linear time in T."""
+    if segment_ids is None and _cudnn_supports(query):
+        return jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=True,
+            local_window_size=(sliding_window - 1, 0),
+            implementation="cudnn",
+        )
+    batch, length = query.shape[:2]
+    # A chunk at least as long as the window needs only itself and the chunk before.
+    chunk_size = min(max(sliding_window, 128), length)
+    start, _ = document_bounds(segment_ids, batch, length)
+    start = jnp.maximum(start, jnp.arange(length) - sliding_window + 1)
+
+    def with_previous(x):
+        x = _split(x, chunk_size)
+        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+        return jnp.concatenate([previous, x], axis=2)
+
+    def chunk(inputs):
+        query, key, value, start, query_positions = inputs
+        key_positions = query_positions[0] - chunk_size + jnp.arange(2 * chunk_size)
+        return _masked_attention(query, key, value, start, query_positions, key_positions)
+
+    chunks = (_split(query, chunk_size), with_previous(key), with_previous(value))
+    query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
+    inputs = (*chunks, _split(start, chunk_size), query_positions)
+    return _join(jax.lax.map(jax.checkpoint(chunk), inputs), length)
 
 
-def _attend_fused(sliding_window, query, key, value, oldest):
-    del oldest
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-        implementation="cudnn",
-    )
+def _cudnn_supports(query) -> bool:
+    half = query.dtype in (jnp.bfloat16, jnp.float16)
+    head_dim = query.shape[-1]
+    return jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
 
 
-def _attend_in_chunks(
-    sliding_window, implementation: Literal["xla", "cudnn"], query, key, value, oldest
-):
-    """Attends to keys `oldest[t] <= j <= t`, one chunk of queries after the other."""
-    length = query.shape[1]
-    size = max(_QUERIES_AT_A_TIME[implementation], sliding_window or 0)
-    # cuDNN's gradient wants even lengths.
-    size = min(size, length + length % 2)
-    count = -(-length // size)
-    padding = count * size - length
-
-    def pad(x):
-        return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-
-    def chunks(x):
-        x = x.reshape(x.shape[0], count, size, *x.shape[2:])
-        return jnp.moveaxis(x, 1, 0)
-
-    query, key, value, oldest = map(pad, (query, key, value, oldest))
-    first = jnp.arange(count, dtype=jnp.int32) * size
-    own = (first, chunks(query), chunks(oldest))
-    if sliding_window is None:
-        # Their gradients are summed over the chunks: not in bfloat16.
-        wide_key, wide_value = key.astype(jnp.float32), value.astype(jnp.float32)
-
-        @jax.checkpoint
-        def attend(chunk):
-            first, query, oldest = chunk
-            return _attend(
-                implementation,
-                query,
-                wide_key.astype(key.dtype),
-                wide_value.astype(value.dtype),
-                _mask(first, oldest, jnp.arange(count * size)),
-            )
-
-        out = jax.lax.map(attend, own)
-    else:
-        # No window reaches further back than the chunk before.
-        def with_previous(x):
-            x = chunks(x)
-            previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-            return jnp.concatenate([previous, x], axis=2)
-
-        @jax.checkpoint
-        def attend(chunk):
-            first, query, oldest, key, value = chunk
-            mask = _mask(first, oldest, first - size + jnp.arange(2 * size))
-            return _attend(implementation, query, key, value, mask)
-
-        out = jax.lax.map(attend, (*own, with_previous(key), with_previous(value)))
-    out = jnp.moveaxis(out, 0, 1)
-    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :length]
+def _masked_attention(query, key, value, start, query_positions, key_positions):
+    """Attention of query t over the keys at `start <= j <= t`."""
+    mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[:, None])
+    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
 
 
-def _mask(
-    first: Int32[Array, ""], oldest: Int32[Array, "B C"], key_position: Int32[Array, " S"]
-) -> Bool[Array, "B 1 C S"]:
-    query_position = first + jnp.arange(oldest.shape[1])
-    seen = (key_position <= query_position[:, None]) & (key_position >= oldest[..., None])
-    return seen[:, None]
+def _split(x, chunk_size):
+    """`[B, T, ...]` to `[chunks, B, C, ...]`, filled up with copies of the last position."""
+    batch, length = x.shape[:2]
+    widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, widths, mode="edge")
+    return jnp.moveaxis(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 1, 0)
 
 
-def _attend(implementation, query, key, value, mask):
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=implementation)
+def _join(x, length):
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

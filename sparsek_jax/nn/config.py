@@ -1,56 +1,49 @@
-"""Configurations of the layers, checked when they are made."""
+"""What a decoder consists of: frozen dataclasses that check themselves."""
 
 import dataclasses
-import math
-from typing import Any, Literal, get_args
+from typing import Any
 
-from sparsek_jax.ops.attention import Gating, Implementation
+KINDS = ("sparsek", "dense", "window")
 
-AttentionKind = Literal["sparsek", "dense", "window"]
-NormKind = Literal["rmsnorm", "layernorm"]
-Activation = Literal["swiglu", "gelu"]
-Remat = Literal["none", "full", "dots"]
-Dtype = Literal["float32", "bfloat16"]
+
+def _expect(condition: bool, field: str, value: Any, expectation: str) -> None:
+    if not condition:
+        raise ValueError(f"{field}={value!r}; expected {expectation}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Self-attention of every layer of a decoder.
+    """One attention layer.
 
     Attributes:
-      num_heads: N, query heads.
-      num_kv_heads: K, key and value heads; divides N.
-      head_dim: H, size of one head.
-      kind: "sparsek"; "dense", over all earlier tokens; "window", over the newest `sliding_window`.
-      pattern: Kinds repeated over the layers, e.g. ("window", "sparsek"); (): `kind` in every one.
-      num_selected: k of the sparsek kind, at least 1.
-      sliding_window: w, the newest w tokens, the query's own included, at least 0 (window kind:
-        at least 1).
-      gating: "soft" or "straight_through", see `sparsek_jax.sparsek_attention`.
-      implementation: Of `sparsek_jax.sparsek_attention`; None for the best.
-      qk_norm: RMSNorm with a learnable gain on each query and key head, before the rotation
-        (Qwen3).
-      qkv_bias: Biases of the query, key and value projections.
-      out_bias: Bias of the output projection.
-      rope_theta: Base of the wavelengths of the rotary embedding.
-      rotary_fraction: Part of each head that is rotated, 0 to 1 (GPT-NeoX: 0.25).
-      shared_scores: One score per token for all KV heads, instead of one per KV head.
-      timestep_norm: Normalise scores by their mean and variance so far.
-      slope: Added to the score per position, so that newer tokens win ties; at least 0.
-
-    Raises:
-      ValueError: A field has an impossible value; the message names it.
+      kind: "sparsek", "dense" or "window", in every layer unless `pattern` is given.
+      pattern: Kinds that repeat over the layers, such as ("window", "sparsek").
+      num_heads: Query heads N.
+      num_kv_heads: Key and value heads K; N is a multiple.
+      head_dim: Size H of a head.
+      num_selected: k, keys that a query selects.
+      sliding_window: w, newest keys that a query always sees (SparseK and window).
+      gating: "soft" or "straight_through".
+      implementation: Of the SparseK operator; None for the best one.
+      qk_norm: RMSNorm over every query and key head (Qwen3).
+      qkv_bias: Biases in the query, key and value projections.
+      out_bias: Bias in the output projection.
+      rope_theta: Base of the rotary frequencies.
+      rotary_fraction: Leading fraction of a head that is rotated (GPT-NeoX).
+      shared_scores: One score for all KV heads instead of one for each.
+      timestep_norm: Causal normalisation of the scores.
+      slope: What a score gains per position.
     """
 
+    kind: str = "sparsek"
+    pattern: tuple[str, ...] = ()
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    kind: AttentionKind = "sparsek"
-    pattern: tuple[AttentionKind, ...] = ()
     num_selected: int = 512
     sliding_window: int = 512
-    gating: Gating = "soft"
-    implementation: Implementation | None = None
+    gating: str = "soft"
+    implementation: str | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
@@ -61,56 +54,51 @@ class AttentionConfig:
     slope: float = 1e-6
 
     def __post_init__(self):
+        one_of = f"one of {KINDS}"
+        _expect(self.kind in KINDS, "attention.kind", self.kind, one_of)
+        for kind in self.pattern:
+            _expect(kind in KINDS, "attention.pattern", self.pattern, f"each {one_of}")
         for field in ("num_heads", "num_kv_heads", "head_dim", "num_selected"):
-            _check_int(self, field, 1)
-        _check_int(self, "sliding_window", 0)
-        _require(
+            value = getattr(self, field)
+            _expect(value >= 1, f"attention.{field}", value, "at least 1")
+        _expect(
             self.num_heads % self.num_kv_heads == 0,
-            self,
-            "num_kv_heads",
-            f"a divisor of num_heads={self.num_heads}",
+            "attention.num_heads",
+            self.num_heads,
+            f"a multiple of attention.num_kv_heads={self.num_kv_heads}",
         )
-        kinds = get_args(AttentionKind)
-        _check_choice(self, "kind", kinds)
-        _require(
-            isinstance(self.pattern, tuple) and all(kind in kinds for kind in self.pattern),
-            self,
-            "pattern",
-            f"a tuple of {list(kinds)}",
+        least = 1 if "window" in (self.kind, *self.pattern) else 0
+        _expect(
+            self.sliding_window >= least,
+            "attention.sliding_window",
+            self.sliding_window,
+            f"at least {least}",
         )
-        if "window" in (self.pattern or (self.kind,)):
-            _require(
-                self.sliding_window >= 1, self, "sliding_window", "at least 1 for the window kind"
-            )
-        _check_choice(self, "gating", get_args(Gating))
-        _check_choice(self, "implementation", (None, *get_args(Implementation)))
-        for field in ("qk_norm", "qkv_bias", "out_bias", "shared_scores", "timestep_norm"):
-            _check_bool(self, field)
-        for field in ("rope_theta", "rotary_fraction", "slope"):
-            _check_number(self, field)
-        _require(self.rope_theta > 0, self, "rope_theta", "a number above 0")
-        _require(0 <= self.rotary_fraction <= 1, self, "rotary_fraction", "a number from 0 to 1")
-        _require(
-            self.rotary_dim % 2 == 0,
-            self,
-            "rotary_fraction",
-            f"an even number of rotated dimensions, not {self.rotary_dim} of "
-            f"head_dim={self.head_dim}",
+        gatings = ("soft", "straight_through")
+        _expect(self.gating in gatings, "attention.gating", self.gating, f"one of {gatings}")
+        implementations = (None, "reference", "xla")
+        _expect(
+            self.implementation in implementations,
+            "attention.implementation",
+            self.implementation,
+            f"one of {implementations}",
         )
-        _require(self.slope >= 0, self, "slope", "at least 0")
+        _expect(self.rope_theta > 0, "attention.rope_theta", self.rope_theta, "above 0")
+        _expect(
+            0 <= self.rotary_fraction <= 1 and self.rotary_dim % 2 == 0,
+            "attention.rotary_fraction",
+            self.rotary_fraction,
+            f"a part of attention.head_dim={self.head_dim} that is an even number of channels",
+        )
+        _expect(self.slope >= 0, "attention.slope", self.slope, "at least 0")
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of each head that the rotary embedding turns."""
-        return int(self.head_dim * self.rotary_fraction)
+        """Channels of a head that are rotated."""
+        return round(self.rotary_fraction * self.head_dim)
 
-    @property
-    def num_scores(self) -> int:
-        """Scores per token."""
-        return 1 if self.shared_scores else self.num_kv_heads
-
-    def kind_of(self, layer: int) -> AttentionKind:
-        """Returns the kind of attention of a layer, counted from 0."""
+    def layer_kind(self, layer: int) -> str:
+        """Attention kind of a layer."""
         return self.pattern[layer % len(self.pattern)] if self.pattern else self.kind
 
 
@@ -118,30 +106,26 @@ class AttentionConfig:
 class DecoderConfig:
     """A decoder-only language model.
 
-    The defaults give Llama's block. Qwen3: `attention.qk_norm`. GPT-NeoX: norm="layernorm",
-    activation="gelu", mlp_bias, parallel_residual, no tie_embeddings, and in `attention` both
-    biases and a rotary_fraction.
+    The defaults make a Llama block. Qwen3 adds `attention.qk_norm`; GPT-NeoX is `norm="layernorm"`,
+    `activation="gelu"`, the biases, `parallel_residual`, a partial rotary and untied embeddings.
 
     Attributes:
-      vocab_size: Number of tokens.
-      num_layers: Number of blocks.
+      vocab_size: Rows of the embedding.
+      num_layers: Blocks.
       d_model: Width of the residual stream.
-      mlp_dim: Hidden width of the MLP.
-      attention: The attention of the layers.
-      norm: "rmsnorm", or "layernorm" (with a bias).
-      norm_eps: Added to the variance in every norm but the scorer's.
-      activation: "swiglu" (three matrices), or "gelu" (two matrices, the exact GELU).
+      mlp_dim: Width of the MLP.
+      attention: The attention layers.
+      norm: "rmsnorm" or "layernorm" (with bias).
+      norm_eps: Added to the variance.
+      activation: "swiglu" (gated) or "gelu".
       mlp_bias: Biases in the MLP.
-      parallel_residual: Attention and MLP both read the block's input, through their own norms.
-      tie_embeddings: The output projection is the embedding table.
-      remat: What the backward pass recomputes in each block: "none"; "full", everything; "dots",
-        everything but the products with weights.
-      scan_layers: Compile one period of the pattern and scan over it. Then `layers` holds one
-        period, whose parameters have a leading axis of size num_layers / period.
-      dtype: Of the computation. Parameters, scores and logits are always float32.
-
-    Raises:
-      ValueError: A field has an impossible value; the message names it.
+      parallel_residual: Attention and MLP read the same residual instead of one after the other.
+      tie_embeddings: The output projection is the embedding's transpose.
+      remat: "none"; "full": recompute every block in the backward pass; "dots": keep its
+        products with weights, recompute the rest.
+      scan_layers: Stack the layers' parameters and scan over them, which compiles one block (one
+        repetition of `attention.pattern`) instead of all.
+      dtype: "float32" or "bfloat16", of activations. Parameters and scores are always float32.
     """
 
     vocab_size: int
@@ -149,65 +133,34 @@ class DecoderConfig:
     d_model: int
     mlp_dim: int
     attention: AttentionConfig
-    norm: NormKind = "rmsnorm"
+    norm: str = "rmsnorm"
     norm_eps: float = 1e-6
-    activation: Activation = "swiglu"
+    activation: str = "swiglu"
     mlp_bias: bool = False
     parallel_residual: bool = False
     tie_embeddings: bool = True
-    remat: Remat = "none"
+    remat: str = "none"
     scan_layers: bool = False
-    dtype: Dtype = "float32"
+    dtype: str = "float32"
 
     def __post_init__(self):
         for field in ("vocab_size", "num_layers", "d_model", "mlp_dim"):
-            _check_int(self, field, 1)
-        _require(
-            isinstance(self.attention, AttentionConfig), self, "attention", "an AttentionConfig"
+            value = getattr(self, field)
+            _expect(value >= 1, f"model.{field}", value, "at least 1")
+        choices = {
+            "norm": ("rmsnorm", "layernorm"),
+            "activation": ("swiglu", "gelu"),
+            "remat": ("none", "full", "dots"),
+            "dtype": ("float32", "bfloat16"),
+        }
+        for field, allowed in choices.items():
+            value = getattr(self, field)
+            _expect(value in allowed, f"model.{field}", value, f"one of {allowed}")
+        _expect(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
+        period = len(self.attention.pattern)
+        _expect(
+            not (self.scan_layers and period and self.num_layers % period),
+            "model.num_layers",
+            self.num_layers,
+            f"a multiple of the {period} kinds of attention.pattern when model.scan_layers is set",
         )
-        _check_choice(self, "norm", get_args(NormKind))
-        _check_number(self, "norm_eps")
-        _require(self.norm_eps > 0, self, "norm_eps", "a number above 0")
-        _check_choice(self, "activation", get_args(Activation))
-        for field in ("mlp_bias", "parallel_residual", "tie_embeddings", "scan_layers"):
-            _check_bool(self, field)
-        _check_choice(self, "remat", get_args(Remat))
-        _check_choice(self, "dtype", get_args(Dtype))
-        if self.scan_layers:
-            _require(
-                self.num_layers % self.period == 0,
-                self,
-                "num_layers",
-                f"a multiple of the {self.period} kinds of attention.pattern, which "
-                "scan_layers=True scans over",
-            )
-
-    @property
-    def period(self) -> int:
-        """Layers after which the kinds of attention repeat."""
-        return max(len(self.attention.pattern), 1)
-
-
-def _require(condition: bool, config: Any, field: str, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{field}={getattr(config, field)!r}; expected {expected}")
-
-
-def _check_int(config: Any, field: str, least: int) -> None:
-    value = getattr(config, field)
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int and value >= least, config, field, f"an int of at least {least}")
-
-
-def _check_number(config: Any, field: str) -> None:
-    value = getattr(config, field)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    _require(is_number and math.isfinite(value), config, field, "a finite number")
-
-
-def _check_bool(config: Any, field: str) -> None:
-    _require(isinstance(getattr(config, field), bool), config, field, "True or False")
-
-
-def _check_choice(config: Any, field: str, choices: tuple) -> None:
-    _require(getattr(config, field) in choices, config, field, f"one of {list(choices)}")
