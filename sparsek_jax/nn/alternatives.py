@@ -1,8 +1,14 @@
 """What SparseK is compared with: dense and sliding-window attention, causal, within documents.
 
-On GPU in half precision both run on cuDNN when rows are not packed. cuDNN takes a mask only as a
-[T, T] array, so packed rows, like every other device, use chunks of queries: memory linear in T.
+Both are `jax.nn.dot_product_attention`: cuDNN's where the computation is lowered for CUDA and cuDNN
+takes its dtype and head size, XLA's elsewhere. cuDNN's own masks do not know packed documents and
+XLA's logits are quadratic, so packed rows, and XLA, take one chunk of queries at a time with an
+explicit mask: memory linear in T.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from sparsek_jax.ops.selection import document_bounds
 
-_DENSE_CHUNK = 512
+Backend = Literal["cudnn", "xla"]
+
+# XLA writes the logits of all heads of a chunk, cuDNN reads one mask for all heads.
+_DENSE_CHUNK: dict[Backend, int] = {"cudnn": 1024, "xla": 256}
+_WINDOW_CHUNK = 128
 
 
 def dense_attention(
@@ -21,23 +31,16 @@ def dense_attention(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal attention over the whole document; shapes and dtypes as `sparsek_attention`."""
-    if segment_ids is None and _cudnn_supports(query):
-        return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation="cudnn"
-        )
-    batch, length = query.shape[:2]
-    chunk_size = min(_DENSE_CHUNK, length)
-    start, _ = document_bounds(segment_ids, batch, length)
-    positions = jnp.arange(length)
-
-    def chunk(inputs):
-        query, start, query_positions = inputs
-        return _masked_attention(query, key, value, start, query_positions, positions)
-
-    chunks = (_split(query, chunk_size), _split(start, chunk_size))
-    query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
-    out = jax.lax.map(jax.checkpoint(chunk), (*chunks, query_positions))
-    return _join(out, length)
+    start, _ = document_bounds(segment_ids, *query.shape[:2])
+    packed = segment_ids is not None
+    return _by_platform(
+        functools.partial(_dense_chunks, "cudnn") if packed else functools.partial(_fused, None),
+        functools.partial(_dense_chunks, "xla"),
+        query,
+        key,
+        value,
+        start,
+    )
 
 
 def window_attention(
@@ -49,47 +52,103 @@ def window_attention(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of query t over `t - sliding_window < j <= t` of its document; linear time in T."""
-    if segment_ids is None and _cudnn_supports(query):
-        return jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            local_window_size=(sliding_window - 1, 0),
-            implementation="cudnn",
-        )
     batch, length = query.shape[:2]
-    # A chunk at least as long as the window needs only itself and the chunk before.
-    chunk_size = min(max(sliding_window, 128), length)
+    sliding_window = min(sliding_window, length)
     start, _ = document_bounds(segment_ids, batch, length)
     start = jnp.maximum(start, jnp.arange(length) - sliding_window + 1)
+    chunks = functools.partial(_window_chunks, sliding_window)
+    packed = segment_ids is not None
+    return _by_platform(
+        functools.partial(chunks, "cudnn") if packed else functools.partial(_fused, sliding_window),
+        functools.partial(chunks, "xla"),
+        query,
+        key,
+        value,
+        start,
+    )
+
+
+def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
+    # Only tracing tells what cuDNN takes: it raises RuntimeError where it is not installed and
+    # NotImplementedError for a dtype or a head size.
+    try:
+        jax.eval_shape(cuda, *arguments)
+    except (RuntimeError, NotImplementedError):
+        return default(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=cuda, default=default)
+
+
+def _fused(sliding_window: int | None, query, key, value, start):
+    del start
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def _dense_chunks(backend: Backend, query, key, value, start):
+    length = query.shape[1]
+    chunk_size = _even(min(_DENSE_CHUNK[backend], length))
+    dtype = key.dtype
+    # The chunks' gradients of keys and values are summed outside: in float32.
+    key, value = (_join(_split(x, chunk_size)).astype(jnp.float32) for x in (key, value))
+    key_positions = jnp.arange(key.shape[1])
+
+    @jax.checkpoint
+    def attend(chunk):
+        query, start, query_positions = chunk
+        return _masked_attention(
+            backend,
+            query,
+            key.astype(dtype),
+            value.astype(dtype),
+            start,
+            query_positions,
+            key_positions,
+        )
+
+    chunks = (_split(query, chunk_size), _split(start, chunk_size))
+    query_positions = key_positions.reshape(-1, chunk_size)
+    return _join(jax.lax.map(attend, (*chunks, query_positions)))[:, :length]
+
+
+def _window_chunks(sliding_window: int, backend: Backend, query, key, value, start):
+    length = query.shape[1]
+    # A chunk at least as long as the window needs only itself and the chunk before.
+    chunk_size = _even(min(max(sliding_window, _WINDOW_CHUNK), length))
 
     def with_previous(x):
         x = _split(x, chunk_size)
         previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
         return jnp.concatenate([previous, x], axis=2)
 
-    def chunk(inputs):
-        query, key, value, start, query_positions = inputs
+    @jax.checkpoint
+    def attend(chunk):
+        query, key, value, start, query_positions = chunk
         key_positions = query_positions[0] - chunk_size + jnp.arange(2 * chunk_size)
-        return _masked_attention(query, key, value, start, query_positions, key_positions)
+        return _masked_attention(backend, query, key, value, start, query_positions, key_positions)
 
     chunks = (_split(query, chunk_size), with_previous(key), with_previous(value))
     query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
     inputs = (*chunks, _split(start, chunk_size), query_positions)
-    return _join(jax.lax.map(jax.checkpoint(chunk), inputs), length)
+    return _join(jax.lax.map(attend, inputs))[:, :length]
 
 
-def _cudnn_supports(query) -> bool:
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
-    head_dim = query.shape[-1]
-    return jax.default_backend() == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
-
-
-def _masked_attention(query, key, value, start, query_positions, key_positions):
+def _masked_attention(backend: Backend, query, key, value, start, query_positions, key_positions):
     """Attention of query t over the keys at `start <= j <= t`."""
     mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[:, None])
-    return jax.nn.dot_product_attention(query, key, value, mask=mask[:, None])
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask[:, None], implementation=backend
+    )
+
+
+def _even(size: int) -> int:
+    # cuDNN has no gradient for an odd length with a mask.
+    return size + size % 2
 
 
 def _split(x, chunk_size):
@@ -100,6 +159,7 @@ def _split(x, chunk_size):
     return jnp.moveaxis(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 1, 0)
 
 
-def _join(x, length):
+def _join(x):
+    """`[chunks, B, C, ...]` to `[B, chunks * C, ...]`."""
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], -1, *x.shape[3:])

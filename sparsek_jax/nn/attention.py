@@ -6,7 +6,8 @@ from jaxtyping import Array, Float, Int
 
 from sparsek_jax.nn.alternatives import dense_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
-from sparsek_jax.nn.rotary import apply_rotary
+from sparsek_jax.nn.norms import make_norm
+from sparsek_jax.nn.rotary import apply_rotary, document_positions
 from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.ops import sparsek_attention
 
@@ -38,6 +39,7 @@ class Attention(nnx.Module):
           rngs: Source of the initial weights.
         """
         self.config = config
+        self.dtype = dtype
         query_dim = config.num_heads * config.head_dim
         kv_dim = config.num_kv_heads * config.head_dim
         init = nnx.initializers.lecun_normal()
@@ -61,7 +63,7 @@ class Attention(nnx.Module):
         def head_norm():
             if not config.qk_norm:
                 return None
-            return nnx.RMSNorm(config.head_dim, epsilon=norm_eps, dtype=dtype, rngs=rngs)
+            return make_norm("rmsnorm", config.head_dim, norm_eps, rngs=rngs)
 
         self.query_norm, self.key_norm = head_norm(), head_norm()
 
@@ -69,20 +71,25 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
+        return_scores: bool = False,
+    ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
         """Attends causally within documents.
 
         Args:
           x: Normalised hidden state, `[B, T, d_model]`.
-          positions: Position of every token within its document, for the rotary embedding.
-          segment_ids: Ids of packed documents; None: one document a row.
+          positions: Positions for the rotary embedding; by default they count from 0 in every
+            document.
+          segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
+          return_scores: Also return the keys' scores.
 
         Returns:
-          The output `[B, T, d_model]`, and the keys' scores, float32 `[B, T, K or 1]`, if the kind
-          has any.
+          The output `[B, T, d_model]`; with `return_scores` also the keys' scores, float32
+          `[B, T, K or 1]`, None for a kind without.
         """
+        if positions is None:
+            positions = document_positions(segment_ids, *x.shape[:2])
         query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -92,11 +99,12 @@ class Attention(nnx.Module):
                 positions,
                 theta=self.config.rope_theta,
                 rotary_dim=self.config.rotary_dim,
-            )
+            ).astype(self.dtype)
             for heads in (query, key)
         )
         mixed, scores = self.mix(x, query, key, value, segment_ids)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), scores
+        out = self.out(mixed.reshape(*x.shape[:2], -1))
+        return (out, scores) if return_scores else out
 
     def _heads(self, x):
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)

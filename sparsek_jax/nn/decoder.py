@@ -1,6 +1,7 @@
 """A decoder-only language model with any mix of attention kinds."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.attention import KINDS
 from sparsek_jax.nn.config import DecoderConfig
+from sparsek_jax.nn.norms import make_norm
+from sparsek_jax.nn.rotary import document_positions
 from sparsek_jax.ops.products import einsum_f32
-from sparsek_jax.ops.selection import document_bounds
 
 
 class MLP(nnx.Module):
@@ -50,7 +52,8 @@ class Block(nnx.Module):
             1 / (2 * config.num_layers), "fan_in", "truncated_normal"
         )
         self.parallel_residual = config.parallel_residual
-        self.attention_norm = make_norm(config, rngs=rngs)
+        norm = functools.partial(make_norm, config.norm, config.d_model, config.norm_eps, rngs=rngs)
+        self.attention_norm = norm()
         self.attention = KINDS[kind](
             config.attention,
             config.d_model,
@@ -59,7 +62,7 @@ class Block(nnx.Module):
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
         )
-        self.mlp_norm = make_norm(config, rngs=rngs)
+        self.mlp_norm = norm()
         self.mlp = MLP(config, out_init=out_init, rngs=rngs)
 
     def __call__(
@@ -71,12 +74,14 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
         """Returns the new residual stream, and the attention's scores if it has any."""
         attended, scores = self.attention(
-            self.attention_norm(x), positions=positions, segment_ids=segment_ids
+            self.attention_norm(x).astype(x.dtype),
+            positions=positions,
+            segment_ids=segment_ids,
+            return_scores=True,
         )
-        if self.parallel_residual:
-            return x + attended + self.mlp(self.mlp_norm(x)), scores
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), scores
+        mlp_input = x if self.parallel_residual else x + attended
+        update = self.mlp(self.mlp_norm(mlp_input).astype(x.dtype))
+        return x + attended + update, scores
 
 
 class Decoder(nnx.Module):
@@ -108,7 +113,7 @@ class Decoder(nnx.Module):
         else:
             kinds = [config.attention.layer_kind(i) for i in range(config.num_layers)]
             self.layers = nnx.List([block(kind)(rngs) for kind in kinds])
-        self.final_norm = make_norm(config, rngs=rngs)
+        self.final_norm = make_norm(config.norm, config.d_model, config.norm_eps, rngs=rngs)
         self.output = (
             None if config.tie_embeddings else nnx.Param(init(rngs.params(), shape, jnp.float32))
         )
@@ -148,16 +153,23 @@ class Decoder(nnx.Module):
         Returns:
           `[B, T, d_model]` in the config's dtype; with `return_scores` also the dict of float32
           `[B, T, K or 1]`.
+
+        Raises:
+          ValueError: An argument has the wrong shape or dtype.
         """
+        _check_integers("tokens", tokens, None)
+        if segment_ids is not None:
+            _check_integers("segment_ids", segment_ids, tokens.shape)
         if positions is None:
-            start, _ = document_bounds(segment_ids, *tokens.shape)
-            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32) - start
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+            positions = document_positions(segment_ids, *tokens.shape)
+        _check_integers("positions", positions, tokens.shape)
+        # `take` makes an id outside the vocabulary NaN; an index would be clamped.
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
         splits = [nnx.split(layer) for layer in self.layers]
         blocks = [
             _rematerialised(
                 functools.partial(_apply, graphdef, positions=positions, segment_ids=segment_ids),
-                self.config.remat,
+                self.config,
             )
             for graphdef, _ in splits
         ]
@@ -182,14 +194,8 @@ class Decoder(nnx.Module):
                 x, block_scores = block(state, x)
                 if block_scores is not None:
                     scores[i] = block_scores
-        x = self.final_norm(x)
+        x = self.final_norm(x).astype(self.config.dtype)
         return (x, dict(sorted(scores.items()))) if return_scores else x
-
-
-def make_norm(config: DecoderConfig, *, rngs: nnx.Rngs) -> nnx.Module:
-    """RMSNorm or LayerNorm with statistics in float32."""
-    norm = nnx.RMSNorm if config.norm == "rmsnorm" else nnx.LayerNorm
-    return norm(config.d_model, epsilon=config.norm_eps, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
 
 def _apply(graphdef, state, x, *, positions, segment_ids):
@@ -197,9 +203,17 @@ def _apply(graphdef, state, x, *, positions, segment_ids):
     return block(x, positions=positions, segment_ids=segment_ids)
 
 
-def _rematerialised(function, remat):
-    if remat == "none":
+def _rematerialised(function, config: DecoderConfig):
+    if config.remat == "none":
         return function
     policies = jax.checkpoint_policies
-    policy = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}[remat]
-    return jax.checkpoint(function, policy=policy)
+    policy = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}[config.remat]
+    # In a scan, forward and backward are separate loops that XLA cannot merge in any case.
+    return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
+
+
+def _check_integers(name: str, array: Any, shape: tuple[int, ...] | None) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} has dtype {array.dtype}; expected integers")
+    if array.ndim != 2 or shape not in (None, array.shape):
+        raise ValueError(f"{name} has shape {array.shape}; expected {shape or '[B, T]'}")

@@ -1,7 +1,17 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
+
+from sparsek_jax.ops.selection import document_bounds
+
+
+def document_positions(
+    segment_ids: Int[Array, "B T"] | None, batch: int, length: int
+) -> Int32[Array, "B T"]:
+    """Positions that count from 0 in every document; None: one document a row."""
+    start, _ = document_bounds(segment_ids, batch, length)
+    return jnp.arange(length, dtype=jnp.int32) - start
 
 
 def apply_rotary(
