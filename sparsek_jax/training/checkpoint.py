@@ -1,0 +1,264 @@
+"""Checkpoints that are verified before they are trusted.
+
+A run's directory holds `config.json`, `checkpoints/<step>/` (written by orbax, atomically) and
+`manifests/<step>.json` with the SHA-256 of every file of that step, because orbax restores a file
+with a flipped bit without notice. A step that fails its manifest is moved to `corrupt/`.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from sparsek_jax import nn
+from sparsek_jax.training.parameters import Params, define
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Writes a run's full configuration to its `config.json`."""
+    write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
+
+
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads the configuration that a run was started with.
+
+    Raises:
+      FileNotFoundError: The directory holds no run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no run (no config.json); train one first: "
+            f"python train.py --config=CONFIG --workdir={workdir}"
+        )
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
+
+
+class Checkpoints:
+    """Checkpoints of one run: parameters, optimizer state and data iterator of a step together."""
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int):
+        """Opens or creates the run's checkpoints, of which the newest `keep` are kept."""
+        self._workdir = Path(workdir).absolute()
+        self._manifests = self._workdir / "manifests"
+        self._is_writer = jax.process_index() == 0
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._manager = ocp.CheckpointManager(self._workdir / "checkpoints", options=options)
+        self._unsealed: list[int] = []
+
+    def save(
+        self, step: int, params: Params, optimizer: Any, iterator: grain.DatasetIterator
+    ) -> None:
+        """Starts writing a step in the background; does nothing if it is already there."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                optimizer=ocp.args.StandardSave(optimizer),
+                data=CheckpointSave(iterator),
+            ),
+        )
+        self._unsealed.append(step)
+
+    def seal(self) -> None:
+        """Writes the manifests of the steps whose files are complete; cheap if there are none."""
+        if self._unsealed and not self._manager.is_saving_in_progress():
+            if self._is_writer:
+                self._manifests.mkdir(exist_ok=True)
+                kept = set(self._manager.all_steps())
+                for step in kept.intersection(self._unsealed):
+                    digests = _digests(_step_directory(self._workdir, step))
+                    write_json(self._manifests / f"{step}.json", digests)
+                for path in self._manifests.glob("*.json"):
+                    if int(path.stem) not in kept:
+                        path.unlink()
+            self._unsealed.clear()
+
+    def wait(self) -> None:
+        """Returns when every started checkpoint is on disk and sealed."""
+        self._manager.wait_until_finished()
+        self.seal()
+
+    def close(self) -> None:
+        """Waits, then releases the manager."""
+        self.wait()
+        self._manager.close()
+
+    def restore(
+        self, params: Any, optimizer: Any, iterator: grain.DatasetIterator
+    ) -> tuple[int, Params, Any] | None:
+        """Restores the newest step that is intact, and advances `iterator` to it.
+
+        Args:
+          params: Abstract parameters with shardings.
+          optimizer: Abstract optimizer state with shardings.
+          iterator: Of the same data section; changed in place.
+
+        Returns:
+          Step, parameters and optimizer state, or None if the run has no checkpoint.
+
+        Raises:
+          RuntimeError: Checkpoints exist but none is intact.
+        """
+
+        def read(step):
+            args = ocp.args.Composite(
+                params=ocp.args.StandardRestore(params),
+                optimizer=ocp.args.StandardRestore(optimizer),
+                data=CheckpointRestore(iterator),
+            )
+            restored = self._manager.restore(step, args=args)
+            return restored["params"], restored["optimizer"]
+
+        found = _newest_intact(self._workdir, self._manager, read)
+        if found is None:
+            return None
+        step, (params, optimizer) = found
+        self._quarantine_after(step)
+        return step, params, optimizer
+
+    def _quarantine_after(self, step: int) -> None:
+        """Moves the broken steps out of the way of the ones that will be written anew."""
+        for broken in sorted(self._manager.all_steps()):
+            if broken > step and self._is_writer:
+                target = self._workdir / "corrupt" / str(broken)
+                target.parent.mkdir(exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(_step_directory(self._workdir, broken), target)
+                (self._manifests / f"{broken}.json").unlink(missing_ok=True)
+                logging.warning("moved the damaged checkpoint of step %d to %s", broken, target)
+        self._manager.reload()
+
+
+def restore_model(
+    workdir: str | os.PathLike, config: nn.DecoderConfig, *, step: int | None = None
+) -> tuple[nn.Decoder, int]:
+    """Loads a run's weights into a decoder, which may use another attention.
+
+    Parameters that the decoder has no use for, such as the scorer for dense attention, are dropped.
+
+    Args:
+      workdir: The run's directory.
+      config: The decoder to build.
+      step: The checkpoint; None for the newest that is intact.
+
+    Returns:
+      The decoder on one device, and the step its weights are from.
+
+    Raises:
+      FileNotFoundError: There is no checkpoint, or not that step.
+      RuntimeError: Checkpoints exist but none is intact.
+      ValueError: The decoder needs a parameter that the checkpoint lacks or has in another shape.
+    """
+    workdir = Path(workdir).absolute()
+    if not (workdir / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no checkpoint; train first: "
+            f"python train.py --config=CONFIG --workdir={workdir}"
+        )
+    definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+
+        def read(step):
+            saved = manager.item_metadata(step)["params"]
+            target = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+                for name, x in saved.items()
+            }
+            args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
+            return manager.restore(step, args=args)["params"]
+
+        steps = manager.all_steps()
+        if step is not None and step not in steps:
+            raise FileNotFoundError(
+                f"step={step} is not in workdir={str(workdir)!r}; expected one of {sorted(steps)}"
+            )
+        found = _newest_intact(workdir, manager, read, only=step)
+    if found is None:
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no checkpoint; train first: "
+            f"python train.py --config=CONFIG --workdir={workdir}"
+        )
+    step, params = found
+    for name, expected in definition.abstract.items():
+        if name not in params:
+            raise ValueError(
+                f"parameter {name} is not in the checkpoint of step {step} in {workdir}; the "
+                "attention asked for needs weights that this run did not train"
+            )
+        if params[name].shape != expected.shape:
+            raise ValueError(
+                f"parameter {name} has shape {params[name].shape} in the checkpoint of step "
+                f"{step}; the model expects {expected.shape}"
+            )
+    return definition.merge(params), step
+
+
+def _step_directory(workdir: Path, step: int) -> Path:
+    return workdir / "checkpoints" / str(step)
+
+
+def _newest_intact(workdir, manager, read, only=None):
+    """Reads the newest step whose files equal its manifest: `(step, read(step))` or None."""
+    steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
+    for step in steps:
+        damage = _damage(workdir, step)
+        if damage is None:
+            try:
+                return step, read(step)
+            except Exception as error:  # Orbax and tensorstore raise many types.
+                if (workdir / "manifests" / f"{step}.json").exists():
+                    # Its files are as written: the caller's expectations are wrong, not the files.
+                    raise
+                damage = f"it cannot be read ({error})"
+        logging.warning("the checkpoint of step %d in %s is damaged: %s", step, workdir, damage)
+    if steps:
+        raise RuntimeError(f"no checkpoint in {workdir} is intact; tried steps {steps}")
+    return None
+
+
+def _damage(workdir: Path, step: int) -> str | None:
+    """What is wrong with the files of a step; None if nothing is, or if it was never sealed."""
+    path = workdir / "manifests" / f"{step}.json"
+    if not path.exists():
+        logging.warning("the checkpoint of step %d has no manifest: not verified", step)
+        return None
+    try:
+        expected = json.loads(path.read_text())
+    except ValueError:
+        return f"its manifest {path} is not JSON"
+    actual = _digests(_step_directory(workdir, step))
+    changed = sorted(name for name in expected if actual.get(name) != expected[name])
+    return f"{changed[0]} is missing or differs from what was written" if changed else None
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by relative path."""
+    digests = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                name = path.relative_to(directory).as_posix()
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

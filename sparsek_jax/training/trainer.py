@@ -1,0 +1,463 @@
+"""The training loop: one jitted step over a mesh, validation, checkpoints and a clean end."""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float32
+
+from sparsek_jax import nn
+from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
+from sparsek_jax.training import sharding
+from sparsek_jax.training.checkpoint import Checkpoints, load_config, save_config
+from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
+from sparsek_jax.training.flops import peak_flops, train_flops_per_row
+from sparsek_jax.training.loss import token_nats
+from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
+from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from sparsek_jax.training.parameters import ModelDefinition, define, split
+
+# What a run may not change when it resumes: the model, and the order of its data.
+_FIXED_SECTIONS = ("model", "attention", "data")
+_FIXED_FIELDS = ("seed", "train.batch_size")
+_FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
+
+_DEVICE_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+
+
+class TrainingDivergedError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended.
+
+    Attributes:
+      model: The decoder with its last weights, on the run's mesh.
+      corpus: What it was trained on.
+      step: Steps taken since the run began.
+      finished: False if a signal ended it early.
+    """
+
+    model: nn.Decoder
+    corpus: Corpus
+    step: int
+    finished: bool
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> TrainResult:
+    """Trains until `train.steps`, resuming from the newest good checkpoint of `workdir`.
+
+    Args:
+      config: All fields of `default_config`.
+      workdir: The run's directory: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+
+    Returns:
+      The model and how it ended. On SIGTERM or SIGINT it checkpoints and returns early.
+
+    Raises:
+      ConfigError: A field is impossible, or contradicts the run that `workdir` holds.
+      TrainingDivergedError: `train.max_bad_steps` steps in a row were not finite.
+    """
+    workdir = Path(workdir)
+    validate_config(config, jax.device_count())
+    _check_same_run(config, workdir)
+    corpus = prepare(config.data)
+    model_config = decoder_config(config, corpus.tokenizer.vocab_size)
+    definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        save_config(workdir, config)
+    log_run(config, corpus, definition)
+
+    mesh = sharding.make_mesh(mesh_shape(config, jax.device_count()))
+    optimizer = make_optimizer(config)
+    processes = {
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "batch_size": config.train.batch_size // jax.process_count(),
+    }
+    iterator = train_iterator(corpus, config.data, seed=config.seed, **processes)
+    held_out = validation_batches(corpus, config.data, **processes)
+
+    checkpoints = Checkpoints(workdir, keep=config.train.keep)
+    state_shape = jax.eval_shape(functools.partial(_init, config, model_config, optimizer))
+    shardings = sharding.tree_shardings(state_shape, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, shardings
+    )
+    restored = checkpoints.restore(abstract["params"], abstract["optimizer"], iterator)
+    if restored is None:
+        step = 0
+        init = functools.partial(_init, config, model_config, optimizer)
+        state = jax.jit(init, out_shardings=shardings)()
+    else:
+        step, params, optimizer_state = restored
+        state = {"params": params, "optimizer": optimizer_state}
+        print(f"resuming from step {step} of {workdir}", flush=True)
+
+    run = _Run(config, workdir, corpus, definition, mesh, optimizer)
+    with _stop_signals() as stop:
+        state, step = run.loop(state, step, iterator, held_out, checkpoints, stop)
+    checkpoints.close()
+    model = definition.merge(state["params"])
+    return TrainResult(model, corpus, step, finished=step == config.train.steps)
+
+
+def train_step(
+    definition: ModelDefinition,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    loss_chunk: int,
+    state: dict,
+    batch: dict[str, Array],
+) -> tuple[dict, dict[str, Float32[Array, ""]]]:
+    """One update; leaves everything as it was if the loss or the gradient is not finite.
+
+    Args:
+      definition: Of the model.
+      optimizer: Of the parameters.
+      config: The run's configuration.
+      loss_chunk: Positions per row whose logits exist at a time.
+      state: Parameters and optimizer state.
+      batch: Fields of a batch, `[B, T]`.
+
+    Returns:
+      The new state and scalar metrics. Loss is the mean of nats over unmasked targets.
+    """
+    pieces = config.optimizer.accumulate
+    num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1.0)
+
+    def loss(params, piece):
+        """This piece's share of the batch's loss, so that pieces add up to it exactly."""
+        model = definition.merge(params)
+        nats, log_z = _nats(model, piece, config, loss_chunk)
+        mean_nats = jnp.sum(nats * piece["loss_mask"]) / num_targets
+        penalty = jnp.sum(log_z**2 * piece["loss_mask"]) / num_targets
+        return mean_nats + config.optimizer.z_loss * penalty, mean_nats
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if pieces == 1:
+        (_, mean_nats), gradients = gradient(state["params"], batch)
+    else:
+
+        def add(total, piece):
+            (_, mean_nats), gradients = gradient(state["params"], piece)
+            return jax.tree.map(jnp.add, total, (mean_nats, gradients)), None
+
+        # Row i goes to piece i modulo their number, so every piece stays spread over the devices.
+        split_rows = jax.tree.map(
+            lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch
+        )
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
+        (mean_nats, gradients), _ = jax.lax.scan(add, zero, split_rows)
+
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(mean_nats) & jnp.isfinite(norm)
+    inner, counters = state["optimizer"]["inner"], state["optimizer"]["counters"]
+    updates, new_inner = optimizer.update(gradients, inner, state["params"])
+    updated = (optax.apply_updates(state["params"], updates), new_inner)
+    params, inner = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), updated, (state["params"], inner)
+    )
+    bad = 1 - finite.astype(jnp.int32)
+    counters = {
+        "skipped": counters["skipped"] + bad,
+        "bad_in_row": (counters["bad_in_row"] + 1) * bad,
+        "updates": counters["updates"] + 1 - bad,
+    }
+    metrics = {
+        "loss": mean_nats,
+        "gradient_norm": norm,
+        "learning_rate": learning_rate_schedule(config)(counters["updates"] - 1 + bad),
+        "targets": num_targets,
+        "skipped_steps": counters["skipped"],
+        "bad_in_row": counters["bad_in_row"],
+    }
+    new_state = {"params": params, "optimizer": {"inner": inner, "counters": counters}}
+    return new_state, metrics
+
+
+def _nats(model, batch, config, loss_chunk):
+    # In a continuous row all is one document, and padding, at its end, is causally out of sight.
+    packed = config.data.packing == "segments"
+    hidden = model.hidden(
+        batch["inputs"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"] if packed else None,
+    )
+    return token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
+
+
+def _init(config, model_config, optimizer):
+    _, params = split(nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
+    counters = {name: jnp.int32(0) for name in ("skipped", "bad_in_row", "updates")}
+    return {
+        "params": params,
+        "optimizer": {"inner": optimizer.init(params), "counters": counters},
+    }
+
+
+class _Run:
+    """The loop and what stays the same during it."""
+
+    def __init__(self, config, workdir, corpus, definition, mesh, optimizer):
+        self.config, self.workdir, self.corpus = config, workdir, corpus
+        self.rows = NamedSharding(mesh, sharding.ROWS)
+        row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows_per_device = config.train.batch_size // row_devices // config.optimizer.accumulate
+        loss_chunk = max(1, config.train.loss_chunk // rows_per_device)
+        self.step = jax.jit(
+            functools.partial(train_step, definition, optimizer, config, loss_chunk),
+            donate_argnums=0,
+        )
+        self.evaluate = jax.jit(functools.partial(_sum_nats, definition, config, loss_chunk))
+        model_config = decoder_config(config, corpus.tokenizer.vocab_size)
+        self.flops_per_step = config.train.batch_size * train_flops_per_row(
+            model_config, config.data.seq_len
+        )
+        peak = peak_flops(jax.devices()[0].device_kind)
+        self.peak = peak * jax.device_count() if peak and model_config.dtype == "bfloat16" else None
+
+    def loop(self, state, step, iterator, held_out, checkpoints, stop):
+        """Runs to the last step or to a signal; returns the state and the step reached."""
+        config = self.config.train
+        is_writer = jax.process_index() == 0
+        writer = MetricsWriter(self.workdir, first_step=step + 1) if is_writer else None
+        log = _Log(self, writer)
+        pending = None
+        while step < config.steps and not stop():
+            batch = next(iterator)
+            state, metrics = self.step(state, self._to_devices(batch))
+            step += 1
+            # The device works on this step while the host waits for the one before.
+            if pending:
+                log.arrived(*pending)
+            pending = (step, metrics, batch["document_ids"])
+            checkpoints.seal()
+            at_end = step == config.steps
+            if at_end or (config.eval_every and step % config.eval_every == 0):
+                log.arrived(*pending)
+                pending = None
+                log.validation(step, self._validate(state["params"], held_out))
+            if at_end or step % config.checkpoint_every == 0:
+                if pending:
+                    log.arrived(*pending)
+                    pending = None
+                checkpoints.save(step, state["params"], state["optimizer"], iterator)
+                log.timer.pause()
+        if pending:
+            log.arrived(*pending)
+        if step < config.steps:
+            checkpoints.save(step, state["params"], state["optimizer"], iterator)
+            checkpoints.wait()
+            print(
+                f"\nstopped at step {step} of {config.steps} by {stop.name}; checkpoint saved in "
+                f"{self.workdir}. The same command resumes from there.",
+                flush=True,
+            )
+        if writer:
+            writer.close()
+        return state, step
+
+    def _to_devices(self, batch):
+        return {
+            name: jax.make_array_from_process_local_data(self.rows, batch[name])
+            for name in _DEVICE_FIELDS
+        }
+
+    def _validate(self, params, held_out):
+        """Mean nats per held-out token over `train.eval_batches` batches."""
+        limit = self.config.train.eval_batches or len(held_out)
+        sums = [
+            self.evaluate(params, self._to_devices(batch))
+            for batch, _ in zip(held_out, range(limit), strict=False)
+        ]
+        nats, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        return float(nats / count)
+
+
+def _sum_nats(definition, config, loss_chunk, params, batch):
+    nats, _ = _nats(definition.merge(params), batch, config, loss_chunk)
+    return jnp.sum(nats * batch["loss_mask"]), jnp.sum(batch["loss_mask"])
+
+
+class _Log:
+    """Turns the metrics of steps, as they arrive, into lines and files."""
+
+    def __init__(self, run: _Run, writer: MetricsWriter | None):
+        self._run, self._writer = run, writer
+        self.timer = StepTimer()
+        self._first = True
+        self._losses: list[float] = []
+        self._targets = 0.0
+
+    def arrived(self, step, metrics, document_ids):
+        """Waits for the metrics of a step and reports them."""
+        config = self._run.config.train
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        # The first step's time is its compilation.
+        if self._first:
+            self._first = False
+            self.timer.pause()
+        self.timer.step_finished()
+        bad_in_row = metrics.pop("bad_in_row")
+        targets = metrics.pop("targets")
+        if bad_in_row:
+            self._bad_step(step, metrics, bad_in_row, document_ids)
+        else:
+            self._losses.append(metrics["loss"])
+            self._targets = targets
+        if self._writer is None or not (step % config.log_every == 0 or step == config.steps):
+            return
+        seconds = self.timer.read()
+        scalars = dict(metrics, loss=metrics["loss"])
+        if math.isfinite(seconds):
+            scalars |= {"seconds_per_step": seconds, "tokens_per_second": targets / seconds}
+            if self._run.peak:
+                scalars["mfu"] = self._run.flops_per_step / seconds / self._run.peak
+        self._writer.write(step, scalars)
+        shown = dict(scalars)
+        if self._losses:
+            shown["loss"] = sum(self._losses) / len(self._losses)
+        self._losses.clear()
+        show(progress_line(step, config.steps, shown, seconds), last=step == config.steps)
+
+    def validation(self, step, nats):
+        """Reports the held-out loss of a step."""
+        self.timer.pause()
+        if self._writer:
+            scalars = {"validation_loss": nats, "validation_perplexity": math.exp(min(nats, 700))}
+            self._writer.write(step, scalars)
+            show(
+                f"step {step} | held-out loss {nats:.4f} | perplexity "
+                f"{scalars['validation_perplexity']:.2f}",
+                last=True,
+            )
+
+    def _bad_step(self, step, metrics, bad_in_row, document_ids):
+        run = self._run
+        ids = sorted({int(i) for i in np.unique(document_ids) if i >= 0})
+        record = {
+            "step": step,
+            "loss": str(metrics["loss"]),
+            "gradient_norm": str(metrics["gradient_norm"]),
+            "documents": {i: run.corpus.document_name(i, "train") for i in ids},
+        }
+        path = run.workdir / f"bad_batches.{jax.process_index()}.jsonl"
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        logging.warning(
+            "step %d skipped: loss %s, gradient norm %s (%d in a row; documents in %s)",
+            step,
+            metrics["loss"],
+            metrics["gradient_norm"],
+            bad_in_row,
+            path,
+        )
+        if bad_in_row >= run.config.train.max_bad_steps:
+            raise TrainingDivergedError(
+                f"{int(bad_in_row)} steps in a row up to step {step} had a non-finite loss or "
+                f"gradient (train.max_bad_steps={run.config.train.max_bad_steps}); their documents "
+                f"are listed in {path}. The last checkpoint is untouched"
+            )
+
+
+class _Stop:
+    """Whether a signal has asked to stop; all processes agree on the answer."""
+
+    def __init__(self):
+        self.name = ""
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return bool(self.name)
+        from jax.experimental import multihost_utils
+
+        asked = multihost_utils.process_allgather(np.bool_(self.name))
+        if asked.any():
+            self.name = self.name or "a signal to another process"
+        return bool(self.name)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turns SIGTERM and SIGINT into a request; a second one of the same kind acts at once."""
+    stop = _Stop()
+
+    def request(number, frame):
+        del frame
+        stop.name = signal.Signals(number).name
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in previous:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def log_run(config: ml_collections.ConfigDict, corpus: Corpus, definition: ModelDefinition) -> None:
+    """Prints versions, devices, data, parameter counts and the full configuration."""
+    if jax.process_index():
+        return
+    packages = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    devices = jax.devices()
+    sizes = {name: math.prod(x.shape) for name, x in definition.abstract.items()}
+    scorer = sum(size for name, size in sizes.items() if ".scorer." in name)
+    print(f"Python {platform.python_version()}, {versions}")
+    print(f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
+    train_split = corpus.splits["train"]
+    print(
+        f"data: {corpus.description}: {train_split.num_documents:,} documents, "
+        f"{train_split.num_tokens:,} tokens; held out {corpus.splits['validation'].num_tokens:,}"
+    )
+    print(f"parameters: {sum(sizes.values()):,}, of which scoring network {scorer:,}")
+    print(config, flush=True)
+
+
+def _check_same_run(config, workdir):
+    """Raises if `workdir` holds a run that this configuration cannot continue."""
+    if not (workdir / "config.json").exists():
+        return
+    saved = load_config(workdir)
+    fields = [
+        f"{section}.{name}" for section in _FIXED_SECTIONS for name in config[section]
+    ] + list(_FIXED_FIELDS)
+    for field in fields:
+        if field in _FREE_FIELDS:
+            continue
+        old, new = (_lookup(json.loads(c.to_json()), field) for c in (saved, config))
+        if old != new:
+            raise ConfigError(
+                f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
+                f"{old!r}; expected the same value, or another --workdir"
+            )
+
+
+def _lookup(config, field):
+    for name in field.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config

@@ -1,0 +1,47 @@
+r"""Trains a language model.
+
+python train.py --config=configs/quickstart.py --workdir=runs/quickstart \
+    [--config.train.steps=100 ...]
+
+The same command resumes a stopped or killed run.
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from sparsek_jax.evaluation.sampling import sample
+from sparsek_jax.training.cli import run
+from sparsek_jax.training.trainer import train
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if needed.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Call jax.distributed.initialize(): one of several processes."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: list[str]) -> None:
+    """Trains, then prints a sample of what the model writes."""
+    del argv
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    result = train(config, _WORKDIR.value)
+    if result.finished and config.sample.length:
+        text = sample(
+            result.model,
+            result.corpus.tokenizer,
+            config.sample.prompt,
+            length=config.sample.length,
+            temperature=config.sample.temperature,
+            seed=config.seed,
+            context=config.data.seq_len,
+        )
+        print(f"--- sample at step {result.step} ---\n{text}\n---")
+
+
+if __name__ == "__main__":
+    run(main)
