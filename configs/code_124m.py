@@ -1,6 +1,6 @@
 """A 124M-class model of source code with 32k context, on one H200.
 
-The usual 12-layer shape (width 768, 12 heads of 64) with SparseK attention, k = 512 and w = 512;
+The usual 12-layer shape (width 768, 12 heads of 64) with SparseK attention, k = 512, w = 512; a row
 rows join documents. Dense attention of the same shape: `--config.attention.kind=dense`.
 
     python train.py --config=configs/code_124m.py --workdir=runs/code_124m

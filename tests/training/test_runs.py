@@ -1,0 +1,199 @@
+"""What a user does to a run: starts it, stops it, kills it, resumes it, breaks its files."""
+
+import json
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsek_jax import nn
+from sparsek_jax.training.checkpoint import load_config, restore_model
+from sparsek_jax.training.config import decoder_config
+from sparsek_jax.training.parameters import split
+from tests.training.helpers import ROOT, command, environment, losses, run, write_corpus
+
+VOCAB = 258
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """An uninterrupted run of twelve steps, with checkpoints at 4, 8 and 12."""
+    workdir = tmp_path_factory.mktemp("straight")
+    result = run(workdir, corpus, "train.checkpoint_every=4", "train.eval_every=6")
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def weights(workdir, step=None, **attention):
+    config = load_config(workdir)
+    config.attention.update(attention)
+    model, step = restore_model(workdir, decoder_config(config, VOCAB), step=step)
+    return {name: np.asarray(x) for name, x in split(model)[1].items()}, step
+
+
+def test_reports_what_it_runs_and_learns(straight):
+    workdir, output = straight
+    for text in ("jax 0.11", "documents", "parameters:", "num_selected"):
+        assert text in output
+    assert output.index("num_selected") < output.index("step 1/12")
+    assert "tokens/s" in output
+    assert "ETA" in output
+    assert "held-out loss" in output
+    by_step = losses(workdir)
+    assert list(by_step) == list(range(1, 13))
+    assert by_step[12] < by_step[1] - 0.5
+    assert list((workdir / "tensorboard").glob("events.*"))
+
+
+def test_kill_9_and_resume_is_bitwise_the_same(straight, corpus, tmp_path):
+    arguments = ("train.checkpoint_every=4", "train.eval_every=6")
+    with subprocess.Popen(
+        command(tmp_path, corpus, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 7/"):
+                process.kill()
+                break
+    assert process.wait() == -signal.SIGKILL
+    result = run(tmp_path, corpus, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step 4" in result.stdout
+    assert losses(tmp_path) == losses(straight[0])
+    for name, expected in weights(straight[0])[0].items():
+        np.testing.assert_array_equal(weights(tmp_path)[0][name], expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_exits_cleanly(number, straight, corpus, tmp_path):
+    arguments = ("train.checkpoint_every=400", "train.steps=12", "train.eval_every=6")
+    with subprocess.Popen(
+        command(tmp_path, corpus, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if line.startswith("step 3/"):
+                process.send_signal(number)
+    assert process.returncode == 0
+    assert f"by {number.name}" in output
+    assert "The same command resumes" in output
+    result = run(tmp_path, corpus, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "resuming from step" in result.stdout
+    assert losses(tmp_path) == losses(straight[0])
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip a bit"])
+def test_damaged_newest_checkpoint_falls_back(damage, corpus, tmp_path):
+    arguments = ("train.checkpoint_every=2", "train.steps=6", "optimizer.warmup_steps=2")
+    assert run(tmp_path, corpus, *arguments).returncode == 0
+    before = losses(tmp_path)
+    files = [p for p in (tmp_path / "checkpoints" / "6").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    if damage == "truncate":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    assert weights(tmp_path)[1] == 4
+    result = run(tmp_path, corpus, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "the checkpoint of step 6" in result.stderr
+    assert "resuming from step 4" in result.stdout
+    assert losses(tmp_path) == before
+    assert weights(tmp_path)[1] == 6
+    assert (tmp_path / "corrupt" / "6").is_dir()
+
+
+def test_meshes_agree_and_checkpoints_move_between_them(corpus, tmp_path):
+    arguments = ("train.steps=4", "optimizer.warmup_steps=1", "data.seq_len=32")
+    shapes = {"one": (1, 1, 1), "cube": (2, 2, 2), "wide": (4, 2, 1)}
+
+    def on_mesh(name, shape, *overrides):
+        mesh = [f"mesh.{a}={n}" for a, n in zip(("data", "fsdp", "tensor"), shape, strict=True)]
+        result = run(
+            tmp_path / name, corpus, *arguments, *mesh, *overrides, devices=int(np.prod(shape))
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    for name, shape in shapes.items():
+        on_mesh(name, shape)
+    expected = list(losses(tmp_path / "one").values())
+    for name in ("cube", "wide"):
+        np.testing.assert_allclose(list(losses(tmp_path / name).values()), expected, atol=1e-5)
+    result = on_mesh("wide", (2, 2, 1), "train.steps=6")
+    assert "resuming from step 4" in result.stdout
+    assert list(losses(tmp_path / "wide")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=3", 'Did you mean "steps"'),
+        ("attention.num_kv_heads=3", "attention.num_heads=4; expected a multiple"),
+        ("attention.sliding_window=-1", "attention.sliding_window=-1; expected at least 0"),
+        ("attention.num_selected=0", "attention.num_selected=0; expected at least 1"),
+        ("mesh.data=3", "mesh.data=3"),
+        ("data.glob=/nowhere/*.txt", "/nowhere"),
+    ],
+)
+def test_mistakes_fail_before_anything_is_written(override, message, corpus, tmp_path):
+    result = run(tmp_path / "run", corpus, override)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_directory_is_refused(straight, corpus):
+    result = run(straight[0], corpus, "model.d_model=64")
+    assert result.returncode == 2
+    assert "model.d_model=64, but the run in workdir=" in result.stderr
+
+
+def test_restores_into_dense_attention_but_not_from_it(straight, corpus, tmp_path):
+    sparse, _ = weights(straight[0])
+    dense, _ = weights(straight[0], kind="dense")
+    assert set(sparse) - set(dense) == {name for name in sparse if ".scorer." in name}
+    run(tmp_path, corpus, "attention.kind=dense", "train.steps=3", "optimizer.warmup_steps=1")
+    with pytest.raises(ValueError, match="scorer"):
+        weights(tmp_path, kind="sparsek")
+    with pytest.raises(FileNotFoundError, match="step=7"):
+        weights(tmp_path, step=7, kind="dense")
+    with pytest.raises(FileNotFoundError, match="train"):
+        restore_model(tmp_path / "none", decoder_config(load_config(tmp_path), VOCAB))
+
+
+def test_model_definition_round_trip():
+    attention = nn.AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)
+    config = nn.DecoderConfig(
+        vocab_size=11, num_layers=11, d_model=16, mlp_dim=16, attention=attention
+    )
+    model = nn.Decoder(config, rngs=nnx.Rngs(0))
+    definition, params = split(model)
+    tokens = np.arange(9)[None] % 11
+    np.testing.assert_array_equal(definition.merge(params)(tokens), model(tokens))
+    # Ten layers and more: names must meet their own leaves.
+    for i in range(11):
+        kernel = model.layers[i].attention.query.kernel[...]
+        np.testing.assert_array_equal(params[f"layers.{i}.attention.query.kernel"], kernel)
+    assert json.dumps(sorted(jax.tree.map(lambda x: x.shape, definition.abstract)))

@@ -1,0 +1,206 @@
+"""One training step: loss, accumulation, and steps that are not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sparsek_jax import nn
+from sparsek_jax.training import trainer
+from sparsek_jax.training.config import decoder_config, default_config
+from sparsek_jax.training.flops import attended_keys, peak_flops, train_flops_per_row
+from sparsek_jax.training.loss import token_nats
+from sparsek_jax.training.metrics import MetricsWriter, StepTimer
+from sparsek_jax.training.optimizer import make_optimizer
+from sparsek_jax.training.parameters import define
+
+
+def make_config(**optimizer):
+    config = default_config()
+    config.model.update(num_layers=2, d_model=16, mlp_dim=16)
+    config.attention.update(num_heads=2, num_kv_heads=1, head_dim=8)
+    config.attention.update(num_selected=3, sliding_window=3)
+    config.optimizer.update(warmup_steps=1, **optimizer)
+    return config
+
+
+def make_batch(rows=4, length=12, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 20, (rows, length + 1)).astype(np.int32)
+    mask = (rng.random((rows, length)) < 0.8).astype(np.float32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.ones((rows, length), np.int32),
+        "loss_mask": mask,
+    }
+
+
+def make_step(config):
+    model_config = decoder_config(config, 20)
+    definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(config)
+    state = trainer._init(config, model_config, optimizer)
+    step = jax.jit(functools.partial(trainer.train_step, definition, optimizer, config, 5))
+    return step, state
+
+
+def test_token_nats_equal_unchunked_cross_entropy():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(2, 13, 8)).astype(np.float32)
+    table = rng.normal(size=(20, 8)).astype(np.float32)
+    targets = rng.integers(0, 20, (2, 13))
+
+    def total(hidden, table, chunk_size):
+        nats, log_z = token_nats(
+            lambda h: h @ table.T, hidden, jnp.asarray(targets), chunk_size=chunk_size
+        )
+        return jnp.sum(nats) + 0.1 * jnp.sum(log_z**2), (nats, log_z)
+
+    logits = hidden.astype(np.float64) @ table.T.astype(np.float64)
+    log_z = np.log(np.sum(np.exp(logits), -1))
+    expected = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    whole = jax.grad(lambda h, t: total(h, t, 13)[0], argnums=(0, 1))(hidden, table)
+    for chunk_size in (1, 5, 13, 100):
+        (_, (nats, z)), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+            hidden, table, chunk_size
+        )
+        np.testing.assert_allclose(nats, expected, rtol=1e-5)
+        np.testing.assert_allclose(z, log_z, rtol=1e-5)
+        for x, y in zip(gradients, whole, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulation_equals_the_whole_batch():
+    results = []
+    for pieces in (1, 2, 4):
+        step, state = make_step(make_config(accumulate=pieces, z_loss=1e-2))
+        for seed in range(3):
+            state, metrics = step(state, make_batch(seed=seed))
+        results.append((state["params"], metrics))
+    for params, metrics in results[1:]:
+        assert metrics["loss"] == pytest.approx(results[0][1]["loss"], rel=1e-5)
+        for name, x in params.items():
+            np.testing.assert_allclose(x, results[0][0][name], atol=2e-4)
+
+
+def test_masked_targets_have_no_influence():
+    step, state = make_step(make_config())
+    batch = make_batch()
+    changed = dict(batch, targets=np.where(batch["loss_mask"] > 0, batch["targets"], 7))
+    (a, metrics_a), (b, metrics_b) = step(state, batch), step(state, changed)
+    assert metrics_a["loss"] == metrics_b["loss"]
+    assert metrics_a["targets"] == batch["loss_mask"].sum()
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_step_that_is_not_finite_changes_nothing_but_the_counters():
+    step, state = make_step(make_config())
+    state, _ = step(state, make_batch())
+    poisoned = make_batch(seed=1)
+    poisoned["loss_mask"] = poisoned["loss_mask"] * np.float32(np.inf)
+    after, metrics = step(state, poisoned)
+    assert not np.isfinite(metrics["loss"])
+    assert (metrics["bad_in_row"], metrics["skipped_steps"]) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, after["params"], state["params"])
+    inner = ("optimizer", "inner")
+    jax.tree.map(
+        np.testing.assert_array_equal, after[inner[0]][inner[1]], state[inner[0]][inner[1]]
+    )
+    again, metrics = step(after, poisoned)
+    assert (metrics["bad_in_row"], metrics["skipped_steps"]) == (2, 2)
+    good, metrics = step(again, make_batch(seed=2))
+    assert (metrics["bad_in_row"], metrics["skipped_steps"]) == (0, 2)
+    expected, _ = step(state, make_batch(seed=2))
+    jax.tree.map(np.testing.assert_array_equal, good["params"], expected["params"])
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_name_their_documents(tmp_path, monkeypatch):
+    config = make_config()
+    config.data.glob = f"{tmp_path}/*.txt"
+    config.data.root = str(tmp_path / "root")
+    config.data.seq_len = 16
+    config.train.update(steps=9, batch_size=2, max_bad_steps=3, eval_every=0)
+    for i in range(4):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} " * 9)
+    original = trainer._nats
+
+    def poisoned(*arguments):
+        nats, log_z = original(*arguments)
+        return nats * jnp.nan, log_z
+
+    monkeypatch.setattr(trainer, "_nats", poisoned)
+    with pytest.raises(trainer.TrainingDivergedError, match="3 steps in a row up to step 3"):
+        trainer.train(config, tmp_path / "run")
+    lines = (tmp_path / "run" / "bad_batches.0.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    assert ".txt" in lines[0]
+
+
+def test_weight_decay_and_schedule():
+    config = make_config(weight_decay=0.5, clip_norm=0.0)
+    optimizer = make_optimizer(config)
+    params = {"a.kernel": jnp.ones((2, 2)), "a.bias": jnp.ones(2), "norm.scale": jnp.ones(2)}
+    state = optimizer.init(params)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(3):
+        updates, state = optimizer.update(zero, state, params)
+        params = optax.apply_updates(params, updates)
+    assert np.all(params["a.kernel"] < 1)
+    np.testing.assert_array_equal(params["a.bias"], 1)
+    np.testing.assert_array_equal(params["norm.scale"], 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "w"), [("sparsek", 3, 4), ("sparsek", 3, 0), ("dense", 1, 1)]
+)
+def test_flops_count_attended_keys_only(kind, k, w):
+    expected = sum(
+        t + 1 if kind == "dense" else min(w, t + 1) + min(k, max(t + 1 - w, 0)) for t in range(20)
+    )
+    assert attended_keys(kind, 20, num_selected=k, sliding_window=w) == expected
+
+
+def test_flops_of_a_row_by_hand():
+    attention = nn.AttentionConfig(kind="dense", num_heads=2, num_kv_heads=1, head_dim=4)
+    config = nn.DecoderConfig(
+        vocab_size=10, num_layers=3, d_model=8, mlp_dim=16, attention=attention
+    )
+    per_layer = 5 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 2 * 8 * 15
+    assert train_flops_per_row(config, 5) == 6 * (3 * per_layer + 5 * 8 * 10)
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("cpu") is None
+
+
+def test_metrics_of_a_killed_run_are_cut_where_it_resumes(tmp_path):
+    writer = MetricsWriter(tmp_path, first_step=1)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": float(step) if step != 2 else float("nan")})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    writer = MetricsWriter(tmp_path, first_step=3)
+    writer.write(3, {"loss": 30.0})
+    writer.close()
+    assert path.read_text().splitlines() == [
+        '{"step": 1, "loss": 1.0}',
+        '{"step": 2, "loss": null}',
+        '{"step": 3, "loss": 30.0}',
+    ]
+
+
+def test_step_timer_leaves_pauses_out(monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 100.0, 101.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    timer = StepTimer()
+    for _ in range(3):
+        timer.step_finished()
+    timer.pause()
+    timer.step_finished()
+    timer.step_finished()
+    assert timer.read() == 1.0
