@@ -69,8 +69,10 @@ def window_attention(
 
 
 def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
-    # Only tracing tells what cuDNN takes: it raises RuntimeError where it is not installed and
-    # NotImplementedError for a dtype or a head size.
+    if arguments[0].dtype not in (jnp.bfloat16, jnp.float16):
+        return default(*arguments)
+    # Only tracing tells whether cuDNN is there (RuntimeError) and takes the head size
+    # (NotImplementedError).
     try:
         jax.eval_shape(cuda, *arguments)
     except (RuntimeError, NotImplementedError):

@@ -1,14 +1,13 @@
 """What a decoder consists of: frozen dataclasses that check themselves."""
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from typing import Any, get_args
+
+from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = ("sparsek", "dense", "window")
-
-
-def _expect(condition: bool, field: str, value: Any, expectation: str) -> None:
-    if not condition:
-        raise ValueError(f"{field}={value!r}; expected {expectation}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,43 +53,38 @@ class AttentionConfig:
     slope: float = 1e-6
 
     def __post_init__(self):
-        one_of = f"one of {KINDS}"
-        _expect(self.kind in KINDS, "attention.kind", self.kind, one_of)
-        for kind in self.pattern:
-            _expect(kind in KINDS, "attention.pattern", self.pattern, f"each {one_of}")
+        expect = functools.partial(_expect, self, "attention")
         for field in ("num_heads", "num_kv_heads", "head_dim", "num_selected"):
-            value = getattr(self, field)
-            _expect(value >= 1, f"attention.{field}", value, "at least 1")
-        _expect(
+            expect(field, _is_int(getattr(self, field), 1), "an int of at least 1")
+        expect(
+            "num_heads",
             self.num_heads % self.num_kv_heads == 0,
-            "attention.num_heads",
-            self.num_heads,
             f"a multiple of attention.num_kv_heads={self.num_kv_heads}",
         )
-        least = 1 if "window" in (self.kind, *self.pattern) else 0
-        _expect(
-            self.sliding_window >= least,
-            "attention.sliding_window",
-            self.sliding_window,
-            f"at least {least}",
+        expect("kind", self.kind in KINDS, f"one of {KINDS}")
+        expect(
+            "pattern",
+            isinstance(self.pattern, tuple) and all(kind in KINDS for kind in self.pattern),
+            f"a tuple, each one of {KINDS}",
         )
-        gatings = ("soft", "straight_through")
-        _expect(self.gating in gatings, "attention.gating", self.gating, f"one of {gatings}")
-        implementations = (None, "reference", "xla")
-        _expect(
-            self.implementation in implementations,
-            "attention.implementation",
-            self.implementation,
-            f"one of {implementations}",
+        least = 1 if "window" in (self.pattern or (self.kind,)) else 0
+        expect("sliding_window", _is_int(self.sliding_window, least), f"an int of at least {least}")
+        expect("gating", self.gating in GATINGS, f"one of {GATINGS}")
+        implementations = (None, *get_args(Implementation))
+        expect(
+            "implementation", self.implementation in implementations, f"one of {implementations}"
         )
-        _expect(self.rope_theta > 0, "attention.rope_theta", self.rope_theta, "above 0")
-        _expect(
+        for field in ("qk_norm", "qkv_bias", "out_bias", "shared_scores", "timestep_norm"):
+            expect(field, isinstance(getattr(self, field), bool), "True or False")
+        for field in ("rope_theta", "rotary_fraction", "slope"):
+            expect(field, _is_number(getattr(self, field)), "a finite number")
+        expect("rope_theta", self.rope_theta > 0, "a number above 0")
+        expect(
+            "rotary_fraction",
             0 <= self.rotary_fraction <= 1 and self.rotary_dim % 2 == 0,
-            "attention.rotary_fraction",
-            self.rotary_fraction,
             f"a part of attention.head_dim={self.head_dim} that is an even number of channels",
         )
-        _expect(self.slope >= 0, "attention.slope", self.slope, "at least 0")
+        expect("slope", self.slope >= 0, "at least 0")
 
     @property
     def rotary_dim(self) -> int:
@@ -144,9 +138,10 @@ class DecoderConfig:
     dtype: str = "float32"
 
     def __post_init__(self):
+        expect = functools.partial(_expect, self, "model")
         for field in ("vocab_size", "num_layers", "d_model", "mlp_dim"):
-            value = getattr(self, field)
-            _expect(value >= 1, f"model.{field}", value, "at least 1")
+            expect(field, _is_int(getattr(self, field), 1), "an int of at least 1")
+        expect("attention", isinstance(self.attention, AttentionConfig), "an AttentionConfig")
         choices = {
             "norm": ("rmsnorm", "layernorm"),
             "activation": ("swiglu", "gelu"),
@@ -154,13 +149,32 @@ class DecoderConfig:
             "dtype": ("float32", "bfloat16"),
         }
         for field, allowed in choices.items():
-            value = getattr(self, field)
-            _expect(value in allowed, f"model.{field}", value, f"one of {allowed}")
-        _expect(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "above 0")
-        period = len(self.attention.pattern)
-        _expect(
-            not (self.scan_layers and period and self.num_layers % period),
-            "model.num_layers",
-            self.num_layers,
-            f"a multiple of the {period} kinds of attention.pattern when model.scan_layers is set",
+            expect(field, getattr(self, field) in allowed, f"one of {allowed}")
+        for field in ("mlp_bias", "parallel_residual", "tie_embeddings", "scan_layers"):
+            expect(field, isinstance(getattr(self, field), bool), "True or False")
+        expect("norm_eps", _is_number(self.norm_eps) and self.norm_eps > 0, "a number above 0")
+        expect(
+            "num_layers",
+            not self.scan_layers or self.num_layers % self.period == 0,
+            f"a multiple of the {self.period} kinds of attention.pattern when model.scan_layers "
+            "is set",
         )
+
+    @property
+    def period(self) -> int:
+        """Layers after which the kinds of attention repeat."""
+        return len(self.attention.pattern) or 1
+
+
+def _expect(config: Any, section: str, field: str, condition: bool, expectation: str) -> None:
+    if not condition:
+        value = getattr(config, field)
+        raise ValueError(f"{section}.{field}={value!r}; expected {expectation}")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

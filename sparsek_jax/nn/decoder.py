@@ -102,13 +102,12 @@ class Decoder(nnx.Module):
             return lambda rngs: Block(config, kind, rngs=rngs)
 
         if config.scan_layers:
-            period = len(config.attention.pattern) or 1
-            repeats = config.num_layers // period
+            repeats = config.num_layers // config.period
 
             def stacked(kind):
                 return nnx.vmap(block(kind))(rngs.fork(split=repeats))
 
-            kinds = [config.attention.layer_kind(i) for i in range(period)]
+            kinds = [config.attention.layer_kind(i) for i in range(config.period)]
             self.layers = nnx.List([stacked(kind) for kind in kinds])
         else:
             kinds = [config.attention.layer_kind(i) for i in range(config.num_layers)]
