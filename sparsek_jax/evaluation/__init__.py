@@ -1,0 +1,1 @@
+"""Judging a trained model: held-out loss, gate diagnostics, reports and samples."""
