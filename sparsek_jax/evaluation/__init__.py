@@ -1,1 +1,1 @@
-"""Judging a trained model: held-out loss, gate diagnostics, reports and samples."""
+"""Evaluation of trained models: held-out loss, scorer diagnostics, reports and samples."""
