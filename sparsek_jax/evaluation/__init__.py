@@ -1,1 +1,1 @@
-"""Evaluation of trained models: held-out loss, scorer diagnostics, reports and samples."""
+"""Evaluation: held-out loss, the scorer's gates, reports, and text sampled from a model."""

@@ -178,7 +178,8 @@ def restore_model(
         )
     definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+    handlers = {"params": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
 
         def read(step):
             saved = manager.item_metadata(step)["params"]
