@@ -1,71 +1,170 @@
-"""One pass over the held-out text: losses and, for SparseK layers, gates."""
+"""Evaluates a trained run on its held-out documents."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float32
+from rich.progress import track
 
-from sparsek_jax.data import Corpus, validation_batches
+from sparsek_jax.data import Corpus, prepare, validation_batches
+from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER
 from sparsek_jax.evaluation.gates import GateTally, LayerGates, gate_sums
 from sparsek_jax.evaluation.perplexity import HeldOutLoss, LossTally, bucket_edges
-from sparsek_jax.nn import Decoder
+from sparsek_jax.evaluation.settings import Settings, evaluation_settings
+from sparsek_jax.nn import AttentionConfig
+from sparsek_jax.training.checkpoint import load_config, restore_model
+from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.loss import token_nats
 
-# Positions per row whose logits exist at a time.
-_LOSS_CHUNK = 512
+_DEVICE_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Everything that was found out about a run.
+
+    Attributes:
+      workdir: The run's directory.
+      step: Of the checkpoint.
+      label: Name of this evaluation among those of the run: the attention, and what else differs
+        from training.
+      notes: What differs from training, one sentence each.
+      corpus: What the text is.
+      attention: The attention that was evaluated.
+      config: All fields that were evaluated with.
+      loss: On the held-out text.
+      gates: Of the SparseK layers.
+    """
+
+    workdir: Path
+    step: int
+    label: str
+    notes: tuple[str, ...]
+    corpus: str
+    attention: AttentionConfig
+    config: ml_collections.ConfigDict
+    loss: HeldOutLoss
+    gates: tuple[LayerGates, ...]
 
 
 def evaluate(
-    model: Decoder, corpus: Corpus, config: ml_collections.ConfigDict
-) -> tuple[HeldOutLoss, tuple[LayerGates, ...]]:
-    """Measures a model on held-out documents.
+    config: ml_collections.ConfigDict,
+    workdir: str | os.PathLike,
+    *,
+    overrides: Collection[str] = (),
+    step: int | None = None,
+) -> Evaluation:
+    """Evaluates a checkpoint of a run; writes nothing.
+
+    Rows of a batch are spread over as many local devices as divide `eval.batch_size`.
 
     Args:
-      model: On one device.
-      corpus: Whose validation split is read.
-      config: `data` (seq_len, packing) and `eval` (batch_size, batches, position_buckets).
+      config: The recipe with the command line's overrides; see `evaluation_settings`.
+      workdir: The run's directory.
+      overrides: Fields given on the command line.
+      step: The checkpoint; None for the newest that is intact.
 
     Returns:
-      The losses, and the gates of every SparseK layer.
+      Held-out loss and gate diagnostics.
+
+    Raises:
+      ConfigError: A field is impossible or contradicts the run.
+      FileNotFoundError: The directory holds no run or no checkpoint.
     """
-    batches = validation_batches(corpus, config.data, batch_size=config.eval.batch_size)
-    limit = config.eval.batches or len(batches)
-    edges = bucket_edges(config.data.seq_len, config.eval.position_buckets)
-    losses = LossTally(corpus.tokenizer.byte_lengths, edges, len(corpus.validation))
-    gates = GateTally(model.config.attention)
+    settings = evaluation_settings(config, load_config(workdir), overrides)
+    config = settings.config
+    try:
+        corpus = _open_corpus(settings, load_config(workdir))
+        model_config = decoder_config(config, corpus.tokenizer.vocab_size)
+        model, step = restore_model(workdir, model_config, step=step)
+        batches = validation_batches(corpus, config.data, batch_size=config.eval.batch_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    devices = math.gcd(config.eval.batch_size, jax.local_device_count())
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
+    )
+    rows = NamedSharding(mesh, PartitionSpec("data"))
     graphdef, params = nnx.split(model)
-    packed = config.data.packing == "segments"
-    for batch in itertools.islice(batches, limit):
-        fields = {name: batch[name] for name in ("inputs", "targets", "positions")}
-        nats, sums = _batch_sums(
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    measure = jax.jit(
+        functools.partial(
+            _measure,
             graphdef,
-            params,
-            fields,
-            batch["segment_ids"] if packed else None,
-            batch["loss_mask"],
+            packed=config.data.packing == "segments",
+            loss_chunk=max(1, config.train.loss_chunk * devices // config.eval.batch_size),
         )
-        losses.add(batch, np.asarray(nats))
-        gates.add(jax.device_get(sums))
-    return losses.result(), gates.result()
+    )
+
+    edges = bucket_edges(config.data.seq_len, config.eval.position_buckets)
+    loss = LossTally(corpus.tokenizer.byte_lengths, edges, len(corpus.validation))
+    gates = GateTally(model_config.attention)
+    count = min(len(batches), config.eval.batches or len(batches))
+    for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
+        arrays = jax.device_put({name: batch[name] for name in _DEVICE_FIELDS}, rows)
+        nats, sums = jax.device_get(measure(params, arrays))
+        loss.add(batch, nats)
+        gates.add(sums)
+
+    return Evaluation(
+        workdir=Path(workdir),
+        step=step,
+        label=settings.label(corpus.directory.name),
+        notes=tuple(settings.notes()),
+        corpus=corpus.description,
+        attention=model_config.attention,
+        config=config,
+        loss=loss.result(),
+        gates=gates.result(),
+    )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _batch_sums(graphdef, params, batch, segment_ids, loss_mask):
+def _open_corpus(settings: Settings, saved: ml_collections.ConfigDict) -> Corpus:
+    data = settings.config.data
+    if settings.new_source and saved.data.tokenizer.startswith("bpe:"):
+        # A tokenizer trained on the new text would give the ids another meaning.
+        trained_on = prepare(saved.data)
+        data.tokenizer = str(trained_on.directory / TRAINED_TOKENIZER)
+    return prepare(data)
+
+
+def _measure(
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
+    batch: Mapping[str, Array],
+    *,
+    packed: bool,
+    loss_chunk: int,
+) -> tuple[Float32[Array, "B T"], dict[int, dict[str, Float32[Array, " K"]]]]:
+    """Nats of every target, and the sums of every SparseK layer's gates."""
     model = nnx.merge(graphdef, params)
+    # In a continuous row all is one document, and padding, at its end, is causally out of sight.
+    segment_ids = batch["segment_ids"] if packed else None
     hidden, scores = model.hidden(
         batch["inputs"],
         positions=batch["positions"],
         segment_ids=segment_ids,
         return_scores=True,
     )
-    nats, _ = token_nats(model.logits, hidden, batch["targets"], chunk_size=_LOSS_CHUNK)
-    measure = functools.partial(
-        gate_sums, valid=loss_mask > 0, config=model.config.attention, segment_ids=segment_ids
-    )
-    return nats.astype(jnp.float32), {layer: measure(score) for layer, score in scores.items()}
+    nats, _ = token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
+    valid = batch["loss_mask"] > 0
+    sums = {
+        layer: gate_sums(
+            layer_scores, valid, config=model.config.attention, segment_ids=segment_ids
+        )
+        for layer, layer_scores in scores.items()
+    }
+    return nats, sums

@@ -1,7 +1,8 @@
-"""An evaluation as tables on screen, a JSON file and a plot."""
+"""An evaluation as a table on the screen, a JSON file and a plot."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -11,152 +12,220 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from sparsek_jax.evaluation.evaluate import Evaluation
 from sparsek_jax.evaluation.gates import MEANINGS, LayerGates
-from sparsek_jax.evaluation.perplexity import HeldOutLoss
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What was measured, and of what.
-
-    Attributes:
-      step: Of the weights.
-      attention: What the model was evaluated with, such as "sparsek k=512 w=512".
-      trained_attention: What its weights were trained with.
-      corpus: Where the held-out text is from.
-      seq_len: Context length in tokens.
-      loss: Held-out loss.
-      gates: Of the SparseK layers; empty for other attention.
-    """
-
-    step: int
-    attention: str
-    trained_attention: str
-    corpus: str
-    seq_len: int
-    loss: HeldOutLoss
-    gates: tuple[LayerGates, ...]
+from sparsek_jax.training.checkpoint import write_json
 
 
 def print_report(evaluation: Evaluation, console: Console | None = None) -> None:
-    """Prints the tables."""
-    console = console or Console()
+    """Prints the evaluation for people."""
+    console = console or Console(highlight=False)
     loss = evaluation.loss
-    summary = Table(title=f"Held-out text: {evaluation.corpus}", title_justify="left")
-    for name in ("attention", "step", "tokens", "nats/token", "perplexity", "bits/byte"):
-        summary.add_column(name, justify="left" if name == "attention" else "right")
-    summary.add_row(
-        evaluation.attention,
-        f"{evaluation.step:,}",
-        f"{loss.tokens:,}",
-        f"{loss.nats_per_token:.4f} ± {loss.standard_error:.4f}",
-        f"{loss.perplexity:.2f}",
-        f"{loss.bits_per_byte:.4f}",
+    console.print(
+        f"\n[bold]{escape(str(evaluation.workdir))}[/], step {evaluation.step}, attention "
+        f"[bold]{escape(_attention_name(evaluation))}[/]"
     )
-    console.print(summary)
-    if evaluation.attention != evaluation.trained_attention:
-        console.print(
-            f"A comparison: these weights were trained with {evaluation.trained_attention}.",
-            style="bold",
-        )
+    console.print(
+        f"{escape(evaluation.corpus)}: {loss.documents:,} held-out documents, "
+        f"{loss.tokens:,} tokens, {loss.bytes:,} bytes"
+    )
+    for note in evaluation.notes:
+        console.print(f"[yellow]note:[/] {escape(note)}")
 
-    buckets = Table(title="Loss by context in the segment", title_justify="left")
-    for name in ("context (tokens)", "targets", "nats/token", "± s.e."):
-        buckets.add_column(name, justify="right")
+    table = Table(title="Held-out loss", title_justify="left")
+    for column in ("nats per token", "perplexity", "bits per byte"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        _with_error(loss.nats_per_token, loss.standard_error),
+        _number(loss.perplexity, ".3f"),
+        _number(loss.bits_per_byte, ".4f"),
+    )
+    console.print(table)
+
+    table = Table(title="Loss by tokens of context", title_justify="left")
+    for column in ("context", "tokens", "nats per token"):
+        table.add_column(column, justify="right")
     for bucket in loss.buckets:
-        buckets.add_row(
+        table.add_row(
             f"{bucket.start:,} to {bucket.stop - 1:,}",
             f"{bucket.tokens:,}",
-            f"{bucket.nats_per_token:.4f}",
-            f"{bucket.standard_error:.4f}",
+            _with_error(bucket.nats_per_token, bucket.standard_error),
         )
-    console.print(buckets)
+    console.print(table)
+    if evaluation.gates:
+        _print_gates(evaluation, console)
 
-    if not evaluation.gates:
-        return
-    gates = Table(title="Gates (mean over KV heads)", title_justify="left")
-    columns = ("layer", "mass kept by top-k", "mean support", "saturated", "score std", "scorer")
-    for name in columns:
-        gates.add_column(name, justify="left" if name == "scorer" else "right")
+
+def _print_gates(evaluation: Evaluation, console: Console) -> None:
+    k = evaluation.attention.num_selected
+    table = Table(
+        title=f"Scorer of each layer (k = {k}; over queries with more than k keys in the pool)",
+        title_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    table.add_column("gate mass\nkept by top-k", justify="right")
+    table.add_column("mean support\n(keys)", justify="right")
+    table.add_column("saturated\n(gate = 1)", justify="right")
+    table.add_column("support with\ngate < 1", justify="right")
+    table.add_column("std of\nscores", justify="right")
+    table.add_column("heads")
+    seen = set()
     for layer in evaluation.gates:
-        gates.add_row(
+        verdicts = collections.Counter(layer.verdicts)
+        seen.update(verdicts)
+        table.add_row(
             str(layer.layer),
-            f"{_mean(layer.kept_mass):.1%}",
-            f"{_mean(layer.support):,.1f}",
-            f"{_mean(layer.saturation):.1%}",
-            f"{_mean(layer.score_std):.3f}",
-            ", ".join(sorted(set(layer.verdicts))),
+            _number(_mean(layer.kept_mass), ".1%"),
+            _number(_mean(layer.support), ",.1f"),
+            _number(_mean(layer.saturation), ".1%"),
+            _number(_mean(layer.interior), ".1%"),
+            _number(_mean(layer.score_std), ".3g"),
+            ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()),
         )
-    console.print(gates)
-    verdicts = {verdict for layer in evaluation.gates for verdict in layer.verdicts}
-    for verdict in sorted(verdicts):
-        console.print(f"{verdict}: {MEANINGS[verdict]}")
+    console.print(table)
+    for verdict, meaning in MEANINGS.items():
+        if verdict in seen:
+            console.print(f"{verdict}: {meaning}")
 
 
-def write_report(evaluation: Evaluation, directory: Path, name: str) -> tuple[Path, Path]:
-    """Writes `<name>.json` and `<name>.png`, each atomically, and returns their paths."""
+def write_report(evaluation: Evaluation) -> tuple[Path, Path]:
+    """Writes `workdir/eval/LABEL.json` and `LABEL.png`, each atomically, and returns the paths."""
+    directory = evaluation.workdir / "eval"
     directory.mkdir(parents=True, exist_ok=True)
-    json_path, png_path = directory / f"{name}.json", directory / f"{name}.png"
-    temporary = directory / f".{name}.{os.getpid()}.png"
-    temporary.write_text(json.dumps(_plain(dataclasses.asdict(evaluation)), indent=2) + "\n")
-    os.replace(temporary, json_path)
-    _plot(evaluation, temporary)
+    json_path = directory / f"{evaluation.label}.json"
+    png_path = directory / f"{evaluation.label}.png"
+    write_json(json_path, to_json(evaluation))
+    temporary = directory / f".{evaluation.label}.{os.getpid()}.png"
+    plot(evaluation, temporary)
     os.replace(temporary, png_path)
     return json_path, png_path
 
 
-def _plain(value: Any) -> Any:
-    """JSON has neither arrays nor NaN."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    return value.item() if isinstance(value, np.generic) else value
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Returns the evaluation in JSON's types; what is not a finite number is None."""
+    return _jsonable(
+        {
+            "workdir": str(evaluation.workdir),
+            "step": evaluation.step,
+            "label": evaluation.label,
+            "attention": _attention_name(evaluation),
+            "notes": evaluation.notes,
+            "corpus": evaluation.corpus,
+            "loss": dataclasses.asdict(evaluation.loss),
+            "gates": [dataclasses.asdict(layer) for layer in evaluation.gates],
+            "config": json.loads(evaluation.config.to_json()),
+        }
+    )
 
 
-def _mean(x: np.ndarray) -> float:
-    return float(np.mean(x))
-
-
-def _plot(evaluation: Evaluation, path: Path) -> None:
+def plot(evaluation: Evaluation, path: Path) -> None:
+    """Draws loss by context and, for SparseK layers, their gates, as a PNG."""
+    # pyplot is left alone: it would choose a backend for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = 2 if evaluation.gates else 1
-    figure = Figure(figsize=(5.2 * panels, 4.0), layout="constrained")
+    gates = [layer for layer in evaluation.gates if layer.queries]
+    panels = 3 if gates else 1
+    figure = Figure(figsize=(4.6 * panels, 3.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    buckets = [b for b in evaluation.loss.buckets if b.tokens]
-    labels = [f"{b.start:,}-{b.stop - 1:,}" for b in buckets]
-    errors = [b.standard_error if math.isfinite(b.standard_error) else 0.0 for b in buckets]
-    axes[0].errorbar(
-        range(len(buckets)),
-        [b.nats_per_token for b in buckets],
-        yerr=errors,
-        marker="o",
-        capsize=3,
-        color="#1f5aa6",
-    )
-    axes[0].set_xticks(range(len(buckets)), labels, rotation=35, ha="right")
-    axes[0].set(xlabel="context (tokens)", ylabel="loss (nats/token)")
-    axes[0].set_title("Does longer context help?")
-    axes[0].grid(axis="y", alpha=0.3)
-    if evaluation.gates:
-        layers = [str(layer.layer) for layer in evaluation.gates]
-        x = np.arange(len(layers))
-        series = (("mass kept by top-k", "kept_mass"), ("saturated gates", "saturation"))
-        for i, (label, field) in enumerate(series):
-            heights = [_mean(getattr(layer, field)) for layer in evaluation.gates]
-            axes[1].bar(x + 0.38 * (i - 0.5), np.nan_to_num(heights), 0.36, label=label)
-        axes[1].set_xticks(x, layers)
-        axes[1].set(xlabel="layer", ylabel="fraction", ylim=(0, 1.25))
-        axes[1].set_title("Gates of the SparseK layers")
-        axes[1].legend(loc="upper right", ncols=2, frameon=False, fontsize=8)
+    _plot_loss(axes[0], evaluation)
+    if gates:
+        _plot_shares(axes[1], gates)
+        _plot_support(axes[2], gates, evaluation.attention.num_selected)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25, linewidth=0.6)
+    loss = evaluation.loss
     figure.suptitle(
-        f"{evaluation.attention}, step {evaluation.step:,}, "
-        f"{evaluation.loss.bits_per_byte:.3f} bits/byte",
+        f"{evaluation.workdir}, step {evaluation.step}, {evaluation.label}: "
+        f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
+
+
+def _plot_loss(ax, evaluation: Evaluation) -> None:
+    buckets = [b for b in evaluation.loss.buckets if b.tokens]
+    nats = [b.nats_per_token for b in buckets]
+    errors = [0 if math.isnan(b.standard_error) else b.standard_error for b in buckets]
+    ax.errorbar(range(len(buckets)), nats, yerr=errors, marker="o", markersize=4, capsize=3)
+    ax.set_xticks(
+        range(len(buckets)),
+        [f"{b.start}–{b.stop - 1}" for b in buckets],  # noqa: RUF001
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+        fontsize=8,
+    )
+    ax.set(xlabel="tokens of context", ylabel="nats per token (± standard error)")
+
+
+def _plot_shares(ax, gates: list[LayerGates]) -> None:
+    for name, label, marker in (
+        ("kept_mass", "gate mass kept by top-k", "o"),
+        ("saturation", "selected keys with gate 1", "s"),
+        ("interior", "support with gate below 1", "^"),
+    ):
+        _plot_heads(ax, gates, name, label, marker)
+    ax.set_ylim(-0.03, 1.03)
+    ax.set(xlabel="layer", ylabel="share")
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.24), frameon=False)
+
+
+def _plot_support(ax, gates: list[LayerGates], num_selected: int) -> None:
+    _plot_heads(ax, gates, "support", "mean support", "o")
+    ax.axhline(num_selected, color="grey", linestyle="--", linewidth=1, label="k")
+    ax.set_yscale("log")
+    ax.set(xlabel="layer", ylabel="keys with a gate above 0")
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _plot_heads(ax, gates: list[LayerGates], name: str, label: str, marker: str) -> None:
+    layers = [layer.layer for layer in gates]
+    (line,) = ax.plot(
+        layers,
+        [_mean(getattr(layer, name)) for layer in gates],
+        marker=marker,
+        markersize=4,
+        label=label,
+    )
+    for layer in gates:
+        values = getattr(layer, name)
+        ax.scatter([layer.layer] * len(values), values, s=8, alpha=0.4, color=line.get_color())
+    ax.set_xticks(layers if len(layers) <= 16 else layers[:: len(layers) // 8])
+
+
+def _attention_name(evaluation: Evaluation) -> str:
+    attention = evaluation.attention
+    return "+".join(attention.pattern) or attention.kind
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean over the heads that have a value."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if finite.size else math.nan
+
+
+def _with_error(value: float, error: float) -> str:
+    shown = _number(value, ".4f")
+    return shown if math.isnan(error) else f"{shown} ± {error:.4f}"
+
+
+def _number(value: float, spec: str) -> str:
+    return format(value, spec) if math.isfinite(value) else "-"
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _jsonable(child) for name, child in value.items()}
+    if isinstance(value, np.ndarray):
+        return _jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_jsonable(child) for child in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
