@@ -35,7 +35,7 @@ SMALLER = {
         "--config.data.max_documents=40",
         "--config.sample.length=4",
     ),
-    "benchmarks/scaling.py": ("--length=32,64", "--num_selected=8", "--sliding_window=8"),
+    "benchmarks.scaling": ("--length=32,64", "--num_selected=8", "--sliding_window=8"),
 }
 SMALLER["eval.py"] = SMALLER["train.py"]
 
@@ -81,7 +81,7 @@ def test_programs_run_in_the_order_shown(tmp_path):
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"Document {i}: the quick brown fox. " * 20)
     for words in PROGRAMS:
-        program = words[1]
+        program = words[2] if words[1] == "-m" else words[1]
         arguments = [
             re.sub(r"=(texts|runs)/", lambda match: f"={tmp_path}/{match[1]}/", argument)
             for argument in words[1:]
