@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import ml_collections
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
@@ -113,6 +112,9 @@ def evaluate(
     loss = LossTally(corpus.tokenizer.byte_lengths, edges, len(corpus.validation))
     gates = GateTally(model_config.attention)
     count = min(len(batches), config.eval.batches or len(batches))
+    notes = settings.notes()
+    if count < len(batches):
+        notes.append(f"eval.batches={count}: only the first of {len(batches):,} batches were read.")
     for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
         arrays = jax.device_put({name: batch[name] for name in _DEVICE_FIELDS}, rows)
         nats, sums = jax.device_get(measure(params, arrays))
@@ -123,7 +125,7 @@ def evaluate(
         workdir=Path(workdir),
         step=step,
         label=settings.label(corpus.directory.name),
-        notes=tuple(settings.notes()),
+        notes=tuple(notes),
         corpus=corpus.description,
         attention=model_config.attention,
         config=config,

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from sparsek_jax.evaluation.evaluate import Evaluation
 from sparsek_jax.evaluation.gates import MEANINGS, LayerGates
+from sparsek_jax.evaluation.perplexity import Bucket
+from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.training.checkpoint import write_json
 
 
@@ -25,11 +27,12 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
     console = console or Console(highlight=False)
     loss = evaluation.loss
     console.print(
-        f"\n[bold]{escape(str(evaluation.workdir))}[/], step {evaluation.step}, attention "
-        f"[bold]{escape(_attention_name(evaluation))}[/]"
+        f"\n[bold]{escape(str(evaluation.workdir))}[/], step {evaluation.step:,}, attention "
+        f"[bold]{escape(_describe(evaluation.attention))}[/]"
     )
+    console.print(f"text: {escape(evaluation.corpus)}")
     console.print(
-        f"{escape(evaluation.corpus)}: {loss.documents:,} held-out documents, "
+        f"held out: {loss.documents:,} document{'s' if loss.documents > 1 else ''}, "
         f"{loss.tokens:,} tokens, {loss.bytes:,} bytes"
     )
     for note in evaluation.notes:
@@ -50,7 +53,7 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
         table.add_column(column, justify="right")
     for bucket in loss.buckets:
         table.add_row(
-            f"{bucket.start:,} to {bucket.stop - 1:,}",
+            _span(bucket),
             f"{bucket.tokens:,}",
             _with_error(bucket.nats_per_token, bucket.standard_error),
         )
@@ -62,15 +65,18 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
 def _print_gates(evaluation: Evaluation, console: Console) -> None:
     k = evaluation.attention.num_selected
     table = Table(
-        title=f"Scorer of each layer (k = {k}; over queries with more than k keys in the pool)",
+        title=f"Scorers, over queries with more than k = {k} keys to choose from",
         title_justify="left",
     )
-    table.add_column("layer", justify="right")
-    table.add_column("gate mass\nkept by top-k", justify="right")
-    table.add_column("mean support\n(keys)", justify="right")
-    table.add_column("saturated\n(gate = 1)", justify="right")
-    table.add_column("support with\ngate < 1", justify="right")
-    table.add_column("std of\nscores", justify="right")
+    for column in (
+        "layer",
+        "mass kept\nby top-k",
+        "mean\nsupport",
+        "selected,\ngate = 1",
+        "support,\ngate < 1",
+        "score\nstd",
+    ):
+        table.add_column(column, justify="right")
     table.add_column("heads")
     seen = set()
     for layer in evaluation.gates:
@@ -111,7 +117,7 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
             "workdir": str(evaluation.workdir),
             "step": evaluation.step,
             "label": evaluation.label,
-            "attention": _attention_name(evaluation),
+            "attention": _describe(evaluation.attention),
             "notes": evaluation.notes,
             "corpus": evaluation.corpus,
             "loss": dataclasses.asdict(evaluation.loss),
@@ -123,14 +129,12 @@ def to_json(evaluation: Evaluation) -> dict[str, Any]:
 
 def plot(evaluation: Evaluation, path: Path) -> None:
     """Draws loss by context and, for SparseK layers, their gates, as a PNG."""
-    # pyplot is left alone: it would choose a backend for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    # A figure without pyplot leaves the backend of the process alone; it is drawn by Agg.
     from matplotlib.figure import Figure
 
     gates = [layer for layer in evaluation.gates if layer.queries]
     panels = 3 if gates else 1
-    figure = Figure(figsize=(4.6 * panels, 3.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(4.6 * panels if gates else 6.5, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots(1, panels, squeeze=False)[0]
     _plot_loss(axes[0], evaluation)
     if gates:
@@ -138,12 +142,13 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         _plot_support(axes[2], gates, evaluation.attention.num_selected)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.grid(axis="y", alpha=0.3, linewidth=0.6)
+        ax.title.set_fontsize(10)
     loss = evaluation.loss
     figure.suptitle(
-        f"{evaluation.workdir}, step {evaluation.step}, {evaluation.label}: "
+        f"{evaluation.workdir.name}, step {evaluation.step:,}, {_describe(evaluation.attention)}: "
         f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte",
-        fontsize=10,
+        fontsize=11,
     )
     figure.savefig(path)
 
@@ -155,13 +160,17 @@ def _plot_loss(ax, evaluation: Evaluation) -> None:
     ax.errorbar(range(len(buckets)), nats, yerr=errors, marker="o", markersize=4, capsize=3)
     ax.set_xticks(
         range(len(buckets)),
-        [f"{b.start}–{b.stop - 1}" for b in buckets],  # noqa: RUF001
+        [_span(b) for b in buckets],
         rotation=40,
         ha="right",
         rotation_mode="anchor",
         fontsize=8,
     )
-    ax.set(xlabel="tokens of context", ylabel="nats per token (± standard error)")
+    ax.set(
+        title="Held-out loss by context",
+        xlabel="tokens of context",
+        ylabel="nats per token (± standard error)",
+    )
 
 
 def _plot_shares(ax, gates: list[LayerGates]) -> None:
@@ -171,17 +180,16 @@ def _plot_shares(ax, gates: list[LayerGates]) -> None:
         ("interior", "support with gate below 1", "^"),
     ):
         _plot_heads(ax, gates, name, label, marker)
-    ax.set_ylim(-0.03, 1.03)
-    ax.set(xlabel="layer", ylabel="share")
-    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.24), frameon=False)
+    ax.set(title="Gates: heads, and their mean", xlabel="layer", ylabel="share", ylim=(0, 1.02))
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
 def _plot_support(ax, gates: list[LayerGates], num_selected: int) -> None:
     _plot_heads(ax, gates, "support", "mean support", "o")
     ax.axhline(num_selected, color="grey", linestyle="--", linewidth=1, label="k")
-    ax.set_yscale("log")
-    ax.set(xlabel="layer", ylabel="keys with a gate above 0")
-    ax.legend(fontsize=8, frameon=False)
+    ax.set(title="Keys with a gate above 0", xlabel="layer", ylabel="keys per query")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
 def _plot_heads(ax, gates: list[LayerGates], name: str, label: str, marker: str) -> None:
@@ -199,9 +207,21 @@ def _plot_heads(ax, gates: list[LayerGates], name: str, label: str, marker: str)
     ax.set_xticks(layers if len(layers) <= 16 else layers[:: len(layers) // 8])
 
 
-def _attention_name(evaluation: Evaluation) -> str:
-    attention = evaluation.attention
-    return "+".join(attention.pattern) or attention.kind
+def _describe(attention: AttentionConfig) -> str:
+    kinds = attention.pattern or (attention.kind,)
+    parts = ["+".join(kinds)]
+    if "sparsek" in kinds:
+        parts.append(f"k={attention.num_selected}")
+    if {"sparsek", "window"}.intersection(kinds):
+        parts.append(f"w={attention.sliding_window}")
+    if "sparsek" in kinds and attention.gating != "soft":
+        parts.append(attention.gating)
+    return " ".join(parts)
+
+
+def _span(bucket: Bucket) -> str:
+    last = bucket.stop - 1
+    return f"{bucket.start:,}" if bucket.start == last else f"{bucket.start:,} to {last:,}"
 
 
 def _mean(values: np.ndarray) -> float:

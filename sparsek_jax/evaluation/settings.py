@@ -34,7 +34,6 @@ class Settings:
     Attributes:
       config: All fields of a run.
       changes: Fields with another value than in training, as (value, value in training).
-      new_source: Whether the text is another than the run's, whose tokenizer must then be used.
     """
 
     config: ml_collections.ConfigDict
@@ -42,7 +41,7 @@ class Settings:
 
     @property
     def new_source(self) -> bool:
-        """Whether the text is not the one that the run was trained on."""
+        """Whether the text is another than the run's, whose tokenizer must then be used."""
         return any(f"data.{name}" in self.changes for name in (*_SOURCE, "max_documents"))
 
     def label(self, corpus_name: str) -> str:
