@@ -130,13 +130,15 @@ class LossTally:
             count = int(self._tokens[:, i].sum())
             buckets.append(Bucket(int(start), int(stop), count, bucket_mean, bucket_error))
         bits = float(nats.sum()) / math.log(2)
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(mean))
         return HeldOutLoss(
             documents=int((tokens > 0).sum()),
             tokens=int(tokens.sum()),
             bytes=self._bytes,
             nats_per_token=mean,
             standard_error=standard_error,
-            perplexity=float(np.exp(mean)),
+            perplexity=perplexity,
             bits_per_byte=bits / self._bytes if self._bytes else math.nan,
             buckets=tuple(buckets),
         )
