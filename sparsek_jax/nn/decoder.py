@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
             repeats = config.num_layers // config.period
 
             def stacked(kind):
-                return nnx.vmap(block(kind))(rngs.fork(split=repeats))
+                return nnx.vmap(block(kind))(rngs.split(repeats))
 
             kinds = [config.attention.layer_kind(i) for i in range(config.period)]
             self.layers = nnx.List([stacked(kind) for kind in kinds])

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
+# Most of a tiny run is compilation, which runs of one program share.
+_COMPILED = Path(tempfile.gettempdir()) / f"sparsek_jax_compiled_{os.getuid()}"
 
 
 def write_corpus(directory, documents=12):
@@ -44,7 +47,12 @@ def command(workdir, corpus, *overrides):
 def environment(devices=1):
     """Variables of a process with that many simulated CPU devices."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(_COMPILED),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    return {**os.environ, **cache, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
 def run(workdir, corpus, *overrides, devices=1):

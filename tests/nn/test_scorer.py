@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsek_jax.nn import ScoringNetwork
+
+
+@pytest.mark.parametrize("timestep_norm", [False, True])
+def test_score_is_norm_of_projection_plus_slope(timestep_norm):
+    scorer = ScoringNetwork(6, 2, timestep_norm=timestep_norm, slope=0.25, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 9, 6))
+    ids = jnp.array([[1] * 4 + [2] * 5])
+    expected = np.asarray(x, np.float64)[0] @ np.asarray(scorer.kernel[...], np.float64)
+    for t in reversed(range(9)):
+        start = 0 if t < 4 else 4
+        if timestep_norm:
+            seen = expected[start : t + 1]
+            expected[t] = (expected[t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-5)
+        expected[t] += 0.25 * (t - start)
+    np.testing.assert_allclose(scorer(x, ids)[0], expected, atol=1e-4)
+
+
+def test_the_slope_decides_between_equal_tokens_far_into_a_row():
+    scorer = ScoringNetwork(4, 1, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 65536, 4))
+    assert bool((jnp.diff(scorer(x)[0, 1:, 0]) > 0).all())
+
+
+def test_scores_are_float32_for_bfloat16_tokens():
+    scorer = ScoringNetwork(32, 3, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 32), jnp.bfloat16)
+    scores = scorer(x)
+    assert scores.dtype == jnp.float32
+    np.testing.assert_allclose(scores, scorer(x.astype(jnp.float32)), atol=1e-6)
+
+
+def test_a_later_token_changes_no_earlier_score():
+    scorer = ScoringNetwork(4, 2, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 33, 4))
+    changed = scorer(x.at[:, 20:].add(100.0))
+    np.testing.assert_array_equal(scorer(x)[:, :20], changed[:, :20])
+    assert bool((scorer(x)[:, 20:] != changed[:, 20:]).any())
