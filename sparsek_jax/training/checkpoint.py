@@ -51,6 +51,10 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads(path.read_text()))
 
 
+class CheckpointError(RuntimeError):
+    """A run has checkpoints, but none that can be trusted."""
+
+
 class Checkpoints:
     """Checkpoints of one run: parameters, optimizer state and data iterator of a step together."""
 
@@ -79,9 +83,14 @@ class Checkpoints:
         )
         self._unsealed.append(step)
 
-    def seal(self) -> None:
-        """Writes the manifests of the steps whose files are complete; cheap if there are none."""
-        if self._unsealed and not self._manager.is_saving_in_progress():
+    def seal(self) -> bool:
+        """Writes the manifests of the steps whose files are complete.
+
+        Returns:
+          Whether there were any.
+        """
+        ready = bool(self._unsealed) and not self._manager.is_saving_in_progress()
+        if ready:
             if self._is_writer:
                 self._manifests.mkdir(exist_ok=True)
                 kept = set(self._manager.all_steps())
@@ -92,6 +101,7 @@ class Checkpoints:
                     if int(path.stem) not in kept:
                         path.unlink()
             self._unsealed.clear()
+        return ready
 
     def wait(self) -> None:
         """Returns when every started checkpoint is on disk and sealed."""
@@ -117,7 +127,7 @@ class Checkpoints:
           Step, parameters and optimizer state, or None if the run has no checkpoint.
 
         Raises:
-          RuntimeError: Checkpoints exist but none is intact.
+          CheckpointError: Checkpoints exist but none is intact.
         """
 
         def read(step):
@@ -129,7 +139,7 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
             return restored["params"], restored["optimizer"]
 
-        found = _newest_intact(self._workdir, self._manager, read)
+        found = _newest_intact(self._workdir, self._manager.all_steps(), read)
         if found is None:
             return None
         step, (params, optimizer) = found
@@ -167,7 +177,7 @@ def restore_model(
 
     Raises:
       FileNotFoundError: There is no checkpoint, or not that step.
-      RuntimeError: Checkpoints exist but none is intact.
+      CheckpointError: Checkpoints exist but none is intact.
       ValueError: The decoder needs a parameter that the checkpoint lacks or has in another shape.
     """
     workdir = Path(workdir).absolute()
@@ -178,24 +188,24 @@ def restore_model(
         )
     definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    handlers = {"params": ocp.StandardCheckpointHandler()}
-    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
-
-        def read(step):
-            saved = manager.item_metadata(step)["params"]
-            target = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-                for name, x in saved.items()
-            }
-            args = ocp.args.Composite(params=ocp.args.StandardRestore(target))
-            return manager.restore(step, args=args)["params"]
-
-        steps = manager.all_steps()
-        if step is not None and step not in steps:
+    steps = ocp.utils.checkpoint_steps(workdir / "checkpoints")
+    if step is not None:
+        if step not in steps:
             raise FileNotFoundError(
                 f"step={step} is not in workdir={str(workdir)!r}; expected one of {sorted(steps)}"
             )
-        found = _newest_intact(workdir, manager, read, only=step)
+        steps = [step]
+    with ocp.StandardCheckpointer() as checkpointer:
+
+        def read(step):
+            path = _step_directory(workdir, step) / "params"
+            target = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+                for name, x in checkpointer.metadata(path).item_metadata.items()
+            }
+            return checkpointer.restore(path, target)
+
+        found = _newest_intact(workdir, steps, read)
     if found is None:
         raise FileNotFoundError(
             f"workdir={str(workdir)!r} holds no checkpoint; train first: "
@@ -220,9 +230,9 @@ def _step_directory(workdir: Path, step: int) -> Path:
     return workdir / "checkpoints" / str(step)
 
 
-def _newest_intact(workdir, manager, read, only=None):
+def _newest_intact(workdir, steps, read):
     """Reads the newest step whose files equal its manifest: `(step, read(step))` or None."""
-    steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
+    steps = sorted(steps, reverse=True)
     for step in steps:
         damage = _damage(workdir, step)
         if damage is None:
@@ -235,7 +245,10 @@ def _newest_intact(workdir, manager, read, only=None):
                 damage = f"it cannot be read ({error})"
         logging.warning("the checkpoint of step %d in %s is damaged: %s", step, workdir, damage)
     if steps:
-        raise RuntimeError(f"no checkpoint in {workdir} is intact; tried steps {steps}")
+        raise CheckpointError(
+            f"no checkpoint in workdir={str(workdir)!r} is intact; tried steps {steps}. "
+            "Start again in another --workdir"
+        )
     return None
 
 
