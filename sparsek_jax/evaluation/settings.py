@@ -129,7 +129,8 @@ def evaluation_settings(
             changes["attention.pattern"] = ([], effective["attention.pattern"])
         effective["attention.pattern"] = []
     tokenizer, old = changes.get("data.tokenizer", ("", ""))
-    if old == "bytes" or old.startswith("bpe:") or tokenizer.startswith("bpe:"):
+    # Only the place of a tokenizer.json may be another.
+    if any(spec == "bytes" or spec.startswith("bpe:") for spec in (tokenizer, old)):
         raise ConfigError(
             f"data.tokenizer={tokenizer!r}, but the run was trained with {old!r}; expected the same"
         )

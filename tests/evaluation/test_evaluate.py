@@ -1,0 +1,103 @@
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsek_jax.data import prepare, validation_batches
+from sparsek_jax.evaluation.evaluate import evaluate
+from sparsek_jax.training.config import ConfigError
+
+
+def expected(run, model):
+    """Loss of every held-out target and its context, by whole logits in float64."""
+    losses, contexts, num_bytes = [], [], 0
+    for batch in validation_batches(run.result.corpus, run.config.data, batch_size=3):
+        logits = model(batch["inputs"], segment_ids=jnp.asarray(batch["segment_ids"]))
+        logits = np.asarray(logits, np.float64)
+        top = logits.max(-1, keepdims=True)
+        normaliser = np.log(np.exp(logits - top).sum(-1)) + top[..., 0]
+        target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
+        counted = batch["loss_mask"] > 0
+        losses.append((normaliser - target)[counted])
+        contexts.append(batch["positions"][counted])
+        num_bytes += int((batch["targets"][counted] < 256).sum())
+    return np.concatenate(losses), np.concatenate(contexts), num_bytes
+
+
+def check_loss(loss, losses, contexts, num_bytes):
+    assert (loss.tokens, loss.bytes) == (len(losses), num_bytes)
+    assert loss.nats_per_token == pytest.approx(losses.mean(), rel=1e-5)
+    assert loss.perplexity == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+    assert loss.bits_per_byte == pytest.approx(losses.sum() / math.log(2) / num_bytes, rel=1e-5)
+    assert [b.start for b in loss.buckets] == [0, 8, 16]
+    for bucket in loss.buckets:
+        inside = (contexts >= bucket.start) & (contexts < bucket.stop)
+        assert bucket.tokens == inside.sum()
+        assert bucket.nats_per_token == pytest.approx(losses[inside].mean(), rel=1e-5)
+
+
+def test_loss_equals_that_of_whole_logits(run):
+    evaluation = evaluate(run.config, run.workdir)
+    check_loss(evaluation.loss, *expected(run, run.result.model))
+    assert (evaluation.step, evaluation.label, evaluation.notes) == (2, "sparsek", ())
+    assert evaluation.loss.documents == len(run.result.corpus.validation)
+    assert [layer.layer for layer in evaluation.gates] == [0, 1]
+    for layer in evaluation.gates:
+        assert layer.queries > 0
+        assert 0 < layer.kept_mass[0] <= 1
+        assert layer.support[0] >= 4
+
+
+def test_same_weights_with_dense_attention(run):
+    """k + w covers the row, so that SparseK is dense attention: the same loss by another path."""
+    dense, all_kept = run.config.copy_and_resolve_references(), None
+    dense.attention.kind = "dense"
+    evaluation = evaluate(dense, run.workdir, overrides=["attention.kind"])
+    all_kept = run.config.copy_and_resolve_references()
+    all_kept.attention.num_selected = 40
+    covered = evaluate(all_kept, run.workdir, overrides=["attention.num_selected"])
+    assert evaluation.loss.nats_per_token == pytest.approx(covered.loss.nats_per_token, rel=1e-5)
+    sparse = evaluate(run.config, run.workdir)
+    assert evaluation.loss.nats_per_token != sparse.loss.nats_per_token
+    assert evaluation.gates == ()
+    assert evaluation.label == "dense"
+    assert evaluation.notes == ("attention.kind='dense'; the weights were trained with 'sparsek'.",)
+    assert covered.gates[0].verdicts == ("unused",)
+
+
+def test_fewer_batches_and_another_batch_size(run):
+    config = run.config.copy_and_resolve_references()
+    config.eval.batch_size = 3
+    evaluation = evaluate(config, run.workdir)
+    whole = evaluate(run.config, run.workdir)
+    assert evaluation.loss.nats_per_token == pytest.approx(whole.loss.nats_per_token, rel=1e-6)
+    config.eval.batches = 1
+    evaluation = evaluate(config, run.workdir)
+    assert evaluation.loss.tokens == 3 * 32
+    assert any("only the first of" in note for note in evaluation.notes)
+
+
+def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run):
+    """The same text under another name gives the same documents, tokens and loss."""
+    config = run.config.copy_and_resolve_references()
+    source = tmp_path / "copy"
+    source.mkdir()
+    for path in sorted(run.workdir.parent.glob("text/*.txt")):
+        (source / path.name).write_text(path.read_text())
+    config.data.glob = str(source / "*.txt")
+    evaluation = evaluate(config, run.workdir, overrides=["data.glob"])
+    assert evaluation.loss == evaluate(run.config, run.workdir).loss
+    assert evaluation.label == f"sparsek_{prepare(config.data).directory.name}"
+
+
+def test_errors_say_what_to_do(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="train"):
+        evaluate(run.config, tmp_path / "none")
+    other = run.config.copy_and_resolve_references()
+    other.model.d_model = 32
+    with pytest.raises(ConfigError, match=r"model\.d_model=32 \(the run: 16\)"):
+        evaluate(other, run.workdir)
+    with pytest.raises(FileNotFoundError, match="step=5"):
+        evaluate(run.config, run.workdir, step=5)
+    assert not (run.workdir / "eval").exists()
