@@ -6,6 +6,7 @@ python train.py --config=configs/quickstart.py --workdir=runs/quickstart \
 The same command resumes a stopped or killed run.
 """
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -25,12 +26,11 @@ def main(argv: list[str]) -> None:
     """Trains, then prints a sample of what the model writes."""
     del argv
     if _DISTRIBUTED.value:
-        import jax
-
         jax.distributed.initialize()
     config = _CONFIG.value
     result = train(config, _WORKDIR.value)
     if result.finished and config.sample.length:
+        # Every process takes part in computing it.
         text = sample(
             result.model,
             result.corpus.tokenizer,
@@ -40,7 +40,8 @@ def main(argv: list[str]) -> None:
             seed=config.seed,
             context=config.data.seq_len,
         )
-        print(f"--- sample at step {result.step} ---\n{text}\n---")
+        if jax.process_index() == 0:
+            print(f"--- sample at step {result.step} ---\n{text}\n---")
 
 
 if __name__ == "__main__":

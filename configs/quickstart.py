@@ -15,7 +15,7 @@ from sparsek_jax.training.config import default_config
 def get_config() -> ml_collections.ConfigDict:
     """Returns the configuration."""
     config = default_config()
-    config.model.num_layers = 4
+    config.model.num_layers = 3
     config.model.d_model = 256
     config.model.mlp_dim = 640
     config.attention.num_heads = 4
@@ -23,15 +23,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.attention.head_dim = 64
     config.attention.num_selected = 64
     config.attention.sliding_window = 64
+    config.attention.qk_norm = True
     config.data.seq_len = 1024
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 20
-    config.train.steps = 120
-    config.train.batch_size = 4
-    config.train.log_every = 5
-    config.train.eval_every = 40
-    config.train.eval_batches = 8
-    config.train.checkpoint_every = 40
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 1100
+    config.train.batch_size = 1
+    config.train.log_every = 20
+    config.train.eval_every = 550
+    config.train.eval_batches = 16
+    config.train.checkpoint_every = 200
     config.eval.batch_size = 4
     config.eval.batches = 40
     config.sample.length = 200

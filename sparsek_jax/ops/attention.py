@@ -1,8 +1,10 @@
 """SparseK attention: the public function, its argument checks and the choice of implementation."""
 
+import functools
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -82,20 +84,31 @@ def sparsek_attention(
         )
     if query.size == 0:
         return query
-    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    # An infinite score has no finite threshold: as loud as a NaN in every implementation.
-    scores = jnp.where(jnp.isinf(scores), jnp.nan, scores)
-    return _IMPLEMENTATIONS[name](
+    return _attention(
         query,
         key,
         value,
         scores,
+        segment_ids,
+        implementation=name,
         num_selected=num_selected,
         sliding_window=sliding_window,
         gating=gating,
-        scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
-        segment_ids=segment_ids,
+        scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
     )
+
+
+# Compiled as one, a call outside of any jit takes a fraction of what its operations would.
+@functools.partial(
+    jax.jit,
+    static_argnames=("implementation", "num_selected", "sliding_window", "gating", "scale"),
+)
+def _attention(query, key, value, scores, segment_ids, *, implementation, **settings):
+    scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    # An infinite score has no finite threshold: as loud as a NaN in every implementation.
+    scores = jnp.where(jnp.isinf(scores), jnp.nan, scores)
+    attend = _IMPLEMENTATIONS[implementation]
+    return attend(query, key, value, scores, segment_ids=segment_ids, **settings)
 
 
 def _check(query, key, value, scores, gating, scale) -> None:

@@ -1,32 +1,56 @@
 """Runs a script's main; a mistake of the user's is one clear line, not a traceback."""
 
+import difflib
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, logging
 
-from sparsek_jax.training.config import ConfigError
+from sparsek_jax.training.checkpoint import CheckpointError
+from sparsek_jax.training.config import ConfigError, default_config
+from sparsek_jax.training.trainer import TrainingDivergedError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags, runs `main` and exits; the status is 2 after a mistake of the user's.
+    """Parses the flags, runs `main` and exits.
 
-    Mistakes are a mistyped or impossible `--config` field (the message suggests the nearest), a
-    missing file, and whatever else raises `ConfigError` or `FileNotFoundError`.
+    The status is 2 after a mistake of the user's: a mistyped or impossible `--config` field (the
+    message suggests the nearest), a missing file, and whatever else raises `ConfigError` or
+    `FileNotFoundError`. It is 1 if training diverged or no checkpoint is intact.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
+    _check_field_names(sys.argv[1:])
     try:
         argv = app.parse_flags_with_usage(sys.argv)
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        _fail(error)
+        # KeyError prints its argument quoted.
+        _fail(error.args[0] if isinstance(error, KeyError) and error.args else error, status=2)
     try:
         main(argv)
     except (ConfigError, FileNotFoundError) as error:
-        _fail(error)
+        _fail(error, status=2)
+    except (TrainingDivergedError, CheckpointError) as error:
+        _fail(error, status=1)
 
 
-def _fail(error: Exception) -> None:
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+def _check_field_names(arguments: list[str]) -> None:
+    """Fails on an override of a field that no recipe has."""
+    sections = default_config().to_dict()
+    fields = [
+        name if not isinstance(value, dict) else f"{name}.{field}"
+        for name, value in sections.items()
+        for field in (value if isinstance(value, dict) else [name])
+    ]
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=]+)", argument)
+        if match and match[1] not in fields:
+            nearest = difflib.get_close_matches(match[1], fields, n=1)
+            hint = f"; did you mean config.{nearest[0]}?" if nearest else ""
+            _fail(f"config.{match[1]} is not a field of the configuration{hint}", status=2)
+
+
+def _fail(message: object, *, status: int) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

@@ -95,6 +95,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.batch_size = 8
     config.eval.batches = 0  # 0: the whole validation split
     config.eval.position_buckets = 8
+    # A recipe that mistypes a field fails instead of adding one.
+    config.lock()
     return config
 
 
@@ -154,12 +156,15 @@ def mesh_shape(config: ml_collections.ConfigDict, device_count: int) -> dict[str
     return shape
 
 
-def validate_config(config: ml_collections.ConfigDict, device_count: int) -> None:
+def validate_config(
+    config: ml_collections.ConfigDict, device_count: int, process_count: int = 1
+) -> None:
     """Checks a run's configuration; compiles nothing, reads no text and writes nothing.
 
     Args:
       config: a run's configuration.
       device_count: devices of all processes together.
+      process_count: processes of the run.
 
     Raises:
       ConfigError: a field is impossible or two fields contradict; the message names them.
@@ -169,6 +174,8 @@ def validate_config(config: ml_collections.ConfigDict, device_count: int) -> Non
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
+    if not 0 <= config.seed < 2**32:
+        raise ConfigError(f"seed={config.seed}; expected an integer from 0 to 2**32 - 1")
     _at_least(config, "model.vocab_size", 0)
     # The tokenizer may still have to be trained: a stand-in checks every other field now.
     decoder_config(config, config.model.vocab_size or 1)
@@ -205,6 +212,11 @@ def validate_config(config: ml_collections.ConfigDict, device_count: int) -> Non
             f"train.batch_size={config.train.batch_size}; expected a multiple of "
             f"optimizer.accumulate={accumulate} x mesh.data={shape['data']} x "
             f"mesh.fsdp={shape['fsdp']}"
+        )
+    if rows % process_count:
+        raise ConfigError(
+            f"mesh.data={shape['data']} x mesh.fsdp={shape['fsdp']}; expected a multiple of the "
+            f"{process_count} processes, each of which reads its own rows"
         )
     for field in ("attention.num_heads", "attention.num_kv_heads", "model.mlp_dim"):
         if _get(config, field) % shape["tensor"]:

@@ -1,6 +1,7 @@
 """Floating-point operations that training takes, counting only what sparse attention computes."""
 
 import numpy as np
+from jaxtyping import Int
 
 from sparsek_jax.nn import DecoderConfig
 
@@ -23,30 +24,38 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in _PEAK.items() if name in device_kind), None)
 
 
-def attended_keys(kind: str, seq_len: int, *, num_selected: int, sliding_window: int) -> int:
-    """Query-key pairs of one head over a row of one document."""
-    position = np.arange(seq_len, dtype=np.int64)
+def attended_keys(
+    kind: str, positions: Int[np.ndarray, "..."], *, num_selected: int, sliding_window: int
+) -> int:
+    """Query-key pairs of one head, for queries at these positions of their documents."""
+    visible = positions.astype(np.int64) + 1
     if kind == "dense":
-        return int(np.sum(position + 1))
-    window = np.minimum(position + 1, sliding_window)
+        return int(np.sum(visible))
+    window = np.minimum(visible, sliding_window)
     if kind == "window":
         return int(np.sum(window))
-    pool = position + 1 - window
-    return int(np.sum(window + np.minimum(pool, num_selected)))
+    return int(np.sum(window + np.minimum(visible - window, num_selected)))
 
 
-def train_flops_per_row(config: DecoderConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward for one row of `seq_len` tokens, without recomputation.
+def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> float:
+    """FLOPs of forward and backward for a batch, without recomputation.
 
-    A multiply-add counts as two; the backward pass costs twice the forward pass. Packed documents
-    attend to fewer keys than counted here.
+    A multiply-add counts as two; the backward pass costs twice the forward pass.
+
+    Args:
+      config: Of the model.
+      positions: Of the batch's tokens in their documents.
+
+    Returns:
+      The floating-point operations.
     """
     attention = config.attention
     query_dim = attention.num_heads * attention.head_dim
     kv_dim = attention.num_kv_heads * attention.head_dim
     num_scores = 1 if attention.shared_scores else attention.num_kv_heads
     mlp = (3 if config.activation == "swiglu" else 2) * config.d_model * config.mlp_dim
-    multiply_adds = seq_len * config.d_model * config.vocab_size
+    num_tokens = positions.size
+    multiply_adds = num_tokens * config.d_model * config.vocab_size
     for layer in range(config.num_layers):
         kind = attention.layer_kind(layer)
         projections = config.d_model * 2 * (query_dim + kv_dim)
@@ -54,9 +63,9 @@ def train_flops_per_row(config: DecoderConfig, seq_len: int) -> float:
             projections += config.d_model * num_scores
         pairs = attended_keys(
             kind,
-            seq_len,
+            positions,
             num_selected=attention.num_selected,
             sliding_window=attention.sliding_window,
         )
-        multiply_adds += seq_len * (projections + mlp) + 2 * query_dim * pairs
+        multiply_adds += num_tokens * (projections + mlp) + 2 * query_dim * pairs
     return 6.0 * multiply_adds

@@ -9,10 +9,13 @@ _MATRICES = ("kernel", "embedding", "output")
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Linear warm-up, then a cosine to `optimizer.end_fraction` of the peak at the last step."""
+    """Linear warm-up, then a cosine to `optimizer.end_fraction` of the peak at the last step.
+
+    The first update has the first nonzero value of the warm-up.
+    """
     optimizer = config.optimizer
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=optimizer.learning_rate / (optimizer.warmup_steps + 1),
         peak_value=optimizer.learning_rate,
         warmup_steps=optimizer.warmup_steps,
         decay_steps=config.train.steps,

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float32
 from sparsek_jax import nn
 from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
 from sparsek_jax.training import sharding
-from sparsek_jax.training.checkpoint import Checkpoints, load_config, save_config
+from sparsek_jax.training.checkpoint import Checkpoints, load_config, save_config, write_json
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
-from sparsek_jax.training.flops import peak_flops, train_flops_per_row
+from sparsek_jax.training.flops import peak_flops, train_flops
 from sparsek_jax.training.loss import token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -37,6 +37,9 @@ from sparsek_jax.training.parameters import ModelDefinition, define, split
 _FIXED_SECTIONS = ("model", "attention", "data")
 _FIXED_FIELDS = ("seed", "train.batch_size")
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
+
+# Names the prepared corpus, and with it the content of the text, that the run was started with.
+_CORPUS_FILE = "corpus.json"
 
 _DEVICE_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
 
@@ -77,15 +80,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
       TrainingDivergedError: `train.max_bad_steps` steps in a row were not finite.
     """
     workdir = Path(workdir)
-    validate_config(config, jax.device_count())
+    validate_config(config, jax.device_count(), jax.process_count())
     _check_same_run(config, workdir)
-    corpus = prepare(config.data)
+    try:
+        corpus = prepare(config.data)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_same_corpus(corpus, workdir)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
 
     workdir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         save_config(workdir, config)
+        write_json(workdir / _CORPUS_FILE, {"name": corpus.directory.name})
     log_run(config, corpus, definition)
 
     mesh = sharding.make_mesh(mesh_shape(config, jax.device_count()))
@@ -114,8 +122,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         state = {"params": params, "optimizer": optimizer_state}
         print(f"resuming from step {step} of {workdir}", flush=True)
 
-    run = _Run(config, workdir, corpus, definition, mesh, optimizer)
-    with _stop_signals() as stop:
+    run = _Run(config, workdir, corpus, definition, mesh, optimizer, shardings)
+    with _stop_signals(config.train.log_every) as stop:
         state, step = run.loop(state, step, iterator, held_out, checkpoints, stop)
     checkpoints.close()
     model = definition.merge(state["params"])
@@ -170,7 +178,7 @@ def train_step(
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
         (mean_nats, gradients), _ = jax.lax.scan(add, zero, split_rows)
 
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(mean_nats) & jnp.isfinite(norm)
     inner, counters = state["optimizer"]["inner"], state["optimizer"]["counters"]
     updates, new_inner = optimizer.update(gradients, inner, state["params"])
@@ -219,7 +227,7 @@ def _init(config, model_config, optimizer):
 class _Run:
     """The loop and what stays the same during it."""
 
-    def __init__(self, config, workdir, corpus, definition, mesh, optimizer):
+    def __init__(self, config, workdir, corpus, definition, mesh, optimizer, shardings):
         self.config, self.workdir, self.corpus = config, workdir, corpus
         self.rows = NamedSharding(mesh, sharding.ROWS)
         row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -228,14 +236,16 @@ class _Run:
         self.step = jax.jit(
             functools.partial(train_step, definition, optimizer, config, loss_chunk),
             donate_argnums=0,
+            # Left to the compiler, a small parameter may come back split another way than it went
+            # in, and the next step would be compiled anew.
+            out_shardings=(shardings, None),
         )
         self.evaluate = jax.jit(functools.partial(_sum_nats, definition, config, loss_chunk))
-        model_config = decoder_config(config, corpus.tokenizer.vocab_size)
-        self.flops_per_step = config.train.batch_size * train_flops_per_row(
-            model_config, config.data.seq_len
-        )
-        peak = peak_flops(jax.devices()[0].device_kind)
-        self.peak = peak * jax.device_count() if peak and model_config.dtype == "bfloat16" else None
+        self.model_config = decoder_config(config, corpus.tokenizer.vocab_size)
+        known = config.model.dtype == "bfloat16"
+        peak = peak_flops(jax.devices()[0].device_kind) if known else None
+        # Each process counts the FLOPs of its own rows.
+        self.peak = peak * jax.local_device_count() if peak else None
 
     def loop(self, state, step, iterator, held_out, checkpoints, stop):
         """Runs to the last step or to a signal; returns the state and the step reached."""
@@ -244,15 +254,16 @@ class _Run:
         writer = MetricsWriter(self.workdir, first_step=step + 1) if is_writer else None
         log = _Log(self, writer)
         pending = None
-        while step < config.steps and not stop():
+        while step < config.steps and not stop(step):
             batch = next(iterator)
             state, metrics = self.step(state, self._to_devices(batch))
             step += 1
             # The device works on this step while the host waits for the one before.
             if pending:
                 log.arrived(*pending)
-            pending = (step, metrics, batch["document_ids"])
-            checkpoints.seal()
+            pending = (step, metrics, batch)
+            if checkpoints.seal():
+                log.timer.pause()
             at_end = step == config.steps
             if at_end or (config.eval_every and step % config.eval_every == 0):
                 log.arrived(*pending)
@@ -308,9 +319,9 @@ class _Log:
         self.timer = StepTimer()
         self._first = True
         self._losses: list[float] = []
-        self._targets = 0.0
+        self._flops: list[float] = []
 
-    def arrived(self, step, metrics, document_ids):
+    def arrived(self, step, metrics, batch):
         """Waits for the metrics of a step and reports them."""
         config = self._run.config.train
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -322,23 +333,25 @@ class _Log:
         bad_in_row = metrics.pop("bad_in_row")
         targets = metrics.pop("targets")
         if bad_in_row:
-            self._bad_step(step, metrics, bad_in_row, document_ids)
+            self._bad_step(step, metrics, bad_in_row, batch["document_ids"])
         else:
             self._losses.append(metrics["loss"])
-            self._targets = targets
+        if self._run.peak:
+            self._flops.append(train_flops(self._run.model_config, batch["positions"]))
         if self._writer is None or not (step % config.log_every == 0 or step == config.steps):
             return
         seconds = self.timer.read()
-        scalars = dict(metrics, loss=metrics["loss"])
+        scalars = dict(metrics)
         if math.isfinite(seconds):
             scalars |= {"seconds_per_step": seconds, "tokens_per_second": targets / seconds}
             if self._run.peak:
-                scalars["mfu"] = self._run.flops_per_step / seconds / self._run.peak
+                scalars["mfu"] = np.mean(self._flops).item() / seconds / self._run.peak
         self._writer.write(step, scalars)
         shown = dict(scalars)
         if self._losses:
             shown["loss"] = sum(self._losses) / len(self._losses)
         self._losses.clear()
+        self._flops.clear()
         show(progress_line(step, config.steps, shown, seconds), last=step == config.steps)
 
     def validation(self, step, nats):
@@ -384,12 +397,16 @@ class _Log:
 class _Stop:
     """Whether a signal has asked to stop; all processes agree on the answer."""
 
-    def __init__(self):
+    def __init__(self, every: int):
         self.name = ""
+        self._every = every
 
-    def __call__(self) -> bool:
+    def __call__(self, step: int) -> bool:
         if jax.process_count() == 1:
             return bool(self.name)
+        # Agreeing waits for every process, so it is not done after each step.
+        if step % self._every:
+            return False
         from jax.experimental import multihost_utils
 
         asked = multihost_utils.process_allgather(np.bool_(self.name))
@@ -399,9 +416,9 @@ class _Stop:
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
+def _stop_signals(every: int) -> Iterator[_Stop]:
     """Turns SIGTERM and SIGINT into a request; a second one of the same kind acts at once."""
-    stop = _Stop()
+    stop = _Stop(every)
 
     def request(number, frame):
         del frame
@@ -455,6 +472,20 @@ def _check_same_run(config, workdir):
                 f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
                 f"{old!r}; expected the same value, or another --workdir"
             )
+
+
+def _check_same_corpus(corpus, workdir):
+    """Raises if the text behind unchanged data fields is not the one that the run began with."""
+    path = workdir / _CORPUS_FILE
+    if not path.exists():
+        return
+    name = json.loads(path.read_text())["name"]
+    if corpus.directory.name != name:
+        raise ConfigError(
+            f"the text that config.data describes is now {corpus.directory.name}, but the run in "
+            f"workdir={str(workdir)!r} was started with {name}: files were changed, added or "
+            "removed; expected the same text, or another --workdir"
+        )
 
 
 def _lookup(config, field):
