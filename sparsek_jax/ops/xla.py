@@ -18,6 +18,8 @@ from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import causal_selection, document_bounds
 from sparsek_jax.ops.tracing import varying_like
 
+_ALIGNMENT = 16  # keys
+
 
 def sparsek_attention_xla(
     query: Float[Array, "B T N H"],
@@ -163,19 +165,22 @@ class _Layout:
     Keys are kept heads first, `[B, K, R, ...]`: a loop that gathers from, or adds to, an array
     whose head axis lies inside would copy it whole in every step. They are padded in front, so that
     position p lies at row `window + p` and the slab of the chunk that starts at t begins at row t +
-    1.
+    1. The slab goes on behind the chunk, out of all its queries' sight, until list and slab
+    together are aligned; GPU matrix products of bfloat16 would otherwise copy them to align them.
     """
 
-    def __init__(self, settings: _Settings, length: int):
+    def __init__(self, settings: _Settings, length: int, list_size: int):
         self.chunk_size = settings.chunk_size
         self.window = settings.window
         self.num_chunks = -(-length // self.chunk_size)
-        self.slab_size = self.window + self.chunk_size - 1
+        needed = self.window + self.chunk_size - 1
+        self.slab_size = needed + -(list_size + needed) % _ALIGNMENT
         self.length = length
 
     def pad_keys(self, x):
-        """`[B, T, K, ...]` to `[B, K, window + chunks * C, ...]`."""
-        after = self.num_chunks * self.chunk_size - self.length
+        """`[B, T, K, ...]` to `[B, K, R, ...]`."""
+        last_slab = (self.num_chunks - 1) * self.chunk_size + 1
+        after = last_slab + self.slab_size - self.window - self.length
         widths = [(0, 0), (0, 0), (self.window, after)] + [(0, 0)] * (x.ndim - 3)
         return jnp.pad(jnp.swapaxes(x, 1, 2), widths)
 
@@ -242,7 +247,7 @@ def _chunks(layout: _Layout, query, tau, fixed) -> tuple[_Queries, Array]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, query, key, value, score, tau, fixed):
     """Attention output `[B, T, K, G, H]`; `fixed`: document starts, cutoffs and candidates."""
-    layout = _Layout(settings, query.shape[1])
+    layout = _Layout(settings, query.shape[1], list_size=fixed[3].shape[-1])
     padded = [layout.pad_keys(x) for x in (key, value, score)]
 
     def chunk(inputs):
@@ -261,7 +266,7 @@ def _attend_fwd(settings, query, key, value, score, tau, fixed):
 
 def _attend_bwd(settings, residuals, d_out):
     query, key, value, score, tau, fixed = residuals
-    layout = _Layout(settings, query.shape[1])
+    layout = _Layout(settings, query.shape[1], list_size=fixed[3].shape[-1])
     padded = [layout.pad_keys(x) for x in (key, value, score)]
 
     def chunk(totals, inputs):
