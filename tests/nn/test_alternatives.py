@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,29 +129,36 @@ def with_cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
 
 
-def lowered_text(platform, dtype, window, packed, head_dim=64):
-    *qkv, _ = inputs(64, head_dim=head_dim, dtype=dtype)
-    ids = packed_ids(64) if packed else None
+def lowered_text(platform, dtype, window, packed, head_dim=64, length=64):
+    *qkv, _ = inputs(length, head_dim=head_dim, dtype=dtype)
+    ids = packed_ids(length) if packed else None
 
     def function(query, key, value):
         return attention(window)(query, key, value, segment_ids=ids)
 
-    return jax.jit(function).trace(*qkv).lower(lowering_platforms=(platform,)).as_text()
+    def gradients(*qkv):
+        out, vjp = jax.vjp(function, *qkv)
+        return vjp(out)
+
+    return jax.jit(gradients).trace(*qkv).lower(lowering_platforms=(platform,)).as_text()
 
 
 @pytest.mark.usefixtures("with_cudnn")
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 16])
 def test_cudnn_is_chosen_by_the_platform_lowered_for(window, packed):
-    for platform, dtype, head_dim, fused in (
-        ("cuda", jnp.bfloat16, 64, True),
-        ("cpu", jnp.bfloat16, 64, False),
-        ("tpu", jnp.bfloat16, 64, False),
-        ("cuda", jnp.float32, 64, False),
-        ("cuda", jnp.bfloat16, 60, False),
+    for platform, dtype, head_dim, length, fused in (
+        ("cuda", jnp.bfloat16, 64, 64, True),
+        ("cuda", jnp.bfloat16, 64, 63, True),
+        ("cpu", jnp.bfloat16, 64, 64, False),
+        ("tpu", jnp.bfloat16, 64, 64, False),
+        ("cuda", jnp.float32, 64, 64, False),
+        ("cuda", jnp.bfloat16, 60, 64, False),
     ):
-        text = lowered_text(platform, dtype, window, packed, head_dim)
-        assert ("__cudnn$fmha" in text) == fused, (platform, dtype, head_dim)
+        text = lowered_text(platform, dtype, window, packed, head_dim, length)
+        for direction in ("", "Backward"):
+            used = re.search(rf"__cudnn\$fmha\w*{direction}", text)
+            assert bool(used) == fused, (platform, dtype, head_dim, length, direction)
 
 
 def test_without_cudnn_the_export_for_cuda_still_works():
