@@ -14,8 +14,8 @@ with --config.train.steps=200, median over steps 100 to 195):
     sparsek               521     62,900            23.9 GiB                  4.53 nats
     dense (cuDNN)         260    126,300            23.2 GiB                  4.97 nats
 
-Both ran on the same card, only one of them stepping at a time. "xla" is the portable implementation:
-at this length dense attention in cuDNN is still faster. At that rate all 2,000 steps take about 17
+Both ran on the same card, one stepping at a time. "xla" is the portable implementation;
+at this length cuDNN's dense attention is still faster. At that rate all 2,000 steps take about 17
 minutes with sparsek. --config.model.remat=full trades time for memory.
 """
 

@@ -195,15 +195,18 @@ def restore_model(
                 f"step={step} is not in workdir={str(workdir)!r}; expected one of {sorted(steps)}"
             )
         steps = [step]
-    with ocp.StandardCheckpointer() as checkpointer:
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.Checkpointer(handler) as checkpointer:
 
         def read(step):
             path = _step_directory(workdir, step) / "params"
+            # The checkpointer's own `metadata` warns that a part of a step has none of a whole one.
+            saved = handler.metadata(path)
             target = {
                 name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-                for name, x in checkpointer.metadata(path).item_metadata.items()
+                for name, x in saved.items()
             }
-            return checkpointer.restore(path, target)
+            return checkpointer.restore(path, ocp.args.StandardRestore(target))
 
         found = _newest_intact(workdir, steps, read)
     if found is None:
