@@ -1,7 +1,7 @@
 """How time and memory of SparseK attention grow with the context.
 
-    python benchmarks/scaling.py                          # CPU: T = 8,192 and 32,768
-    python benchmarks/scaling.py --length=8192,65536 --heads=12 --kv_heads=12 --dtype=bfloat16
+    python -m benchmarks.scaling                          # T = 8,192 and 32,768
+    python -m benchmarks.scaling --length=8192,65536 --heads=12 --kv_heads=12 --dtype=bfloat16
 
 For every length it compiles forward and forward + backward, reads the peak temporary memory from
 the compiler's analysis and times the fastest of a few synchronised calls on random data.
@@ -16,7 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from sparsek_jax import sparsek_attention
 
@@ -104,6 +104,7 @@ def main(argv):
     """Checks, measures and prints one line of JSON per measurement."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     tolerance = 1e-5 if _DTYPE.value == "float32" else 5e-3
     error = check()
     if not error <= tolerance:

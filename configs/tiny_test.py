@@ -4,8 +4,8 @@ Reproduces no paper result.
 
     python train.py --config=configs/tiny_test.py --workdir=runs/tiny_test
 
-Seen on two cores of an AMD EPYC (Python 3.12.1, jax 0.11.2): 23 seconds, nearly all of them start-up
-and compilation; the training loss falls from 5.6 to 3.8 nats per byte in its twelve steps.
+Seen on two cores of an AMD EPYC (Python 3.12.1, jax 0.11.2): 23 seconds, nearly all start-up and
+compilation; the training loss falls from 5.6 to 3.8 nats per byte in its twelve steps.
 """
 
 import ml_collections
