@@ -18,9 +18,8 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Evaluates the newest good checkpoint and reports."""
-    del argv
     overrides = flags.FLAGS["config"].override_values
     evaluation = evaluate(_CONFIG.value, _WORKDIR.value, overrides=overrides)
     print_report(evaluation)

@@ -22,9 +22,8 @@ _DISTRIBUTED = flags.DEFINE_bool(
 flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains, then prints a sample of what the model writes."""
-    del argv
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     config = _CONFIG.value

@@ -1,4 +1,4 @@
-"""A model of a few thousand parameters that trains in seconds; for tests and for trying things.
+"""A model of 27,000 parameters that trains in seconds; for tests and for trying things.
 
 Reproduces no paper result.
 

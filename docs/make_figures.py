@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/ from what the operators return: python docs/make_figures.py."""
+"""Draws the pictures of docs/, most of them from what the operators return: make figures."""
 
 import sys
 from pathlib import Path
@@ -177,7 +177,7 @@ def pattern() -> plt.Figure:
     axis.set(
         xlabel="key $j$",
         ylabel="query $t$",
-        title=f"at most w + k = {WINDOW + NUM_SELECTED} keys a query, exactly k selected",
+        title=f"at most w + k = {WINDOW + NUM_SELECTED} keys a query",
     )
     return figure
 
@@ -221,13 +221,13 @@ def descent() -> plt.Figure:
     mass = np.clip(pool[:, None] - breakpoints, 0, 1).sum(0)
     size = 1 << (len(breakpoints) - 1).bit_length()
 
-    # The same walk as ops/selection.py: the half with the larger breakpoints, if f reaches k
+    # The same walk as ops/selection.py: the half with the larger breakpoints, if f exceeds k
     # before its end, else the other one.
     node, spans = 0, [(0, size)]
     half = size // 2
     while half:
         middle = node + half
-        if middle < len(breakpoints) and mass[middle] < k:
+        if middle < len(breakpoints) and mass[middle] <= k:
             node = middle
         spans.append((node, half))
         half //= 2
@@ -355,13 +355,13 @@ def prefix_sums() -> plt.Figure:
         ylabel="$G_t$", title=f"key {key} is interior for the queries from {begin} to {end - 1}"
     )
     bottom.plot(np.arange(LENGTH + 1), prefix, color="black", lw=1.2)
-    for edge, name in ((begin, "begin"), (end, "end")):
+    for edge, name in ((begin, "b"), (end, "e")):
         for axis in (top, bottom):
             axis.axvline(edge, color=RED, lw=1, ls="--")
         bottom.plot([0, edge], [prefix[edge]] * 2, color=BLUE, lw=1)
         bottom.plot(edge, prefix[edge], "o", color=BLUE)
         bottom.annotate(
-            f"prefix[{name}]", (edge, prefix[edge]), (8, -14), textcoords="offset points"
+            f"$R_{{{name}_j}}$", (edge, prefix[edge]), (8, -14), textcoords="offset points"
         )
     bottom.annotate(
         "",
@@ -371,7 +371,10 @@ def prefix_sums() -> plt.Figure:
     )
     bottom.text(2.2, prefix[[begin, end]].mean(), "sum of the blue bars", color=BLUE, va="center")
     bottom.set(
-        xlim=(0, LENGTH), ylim=(-0.1, None), xlabel="query $t$", ylabel="sum of $G$ before $t$"
+        xlim=(0, LENGTH),
+        ylim=(-0.1, None),
+        xlabel="query $t$",
+        ylabel="$R_t$, sum of $G$ before $t$",
     )
     return figure
 

@@ -25,9 +25,7 @@ from sparsek_jax.evaluation.settings import Settings, evaluation_settings
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.training.checkpoint import load_config, restore_model
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.loss import token_nats
-
-_DEVICE_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +79,7 @@ def evaluate(
     Raises:
       ConfigError: A field is impossible or contradicts the run.
       FileNotFoundError: The directory holds no run or no checkpoint.
+      CheckpointError: No checkpoint is intact.
     """
     settings = evaluation_settings(config, load_config(workdir), overrides)
     config = settings.config
@@ -103,7 +102,8 @@ def evaluate(
         functools.partial(
             _measure,
             graphdef,
-            packed=config.data.packing == "segments",
+            packing=config.data.packing,
+            rows=rows,
             loss_chunk=max(1, config.train.loss_chunk * devices // config.eval.batch_size),
         )
     )
@@ -116,7 +116,7 @@ def evaluate(
     if count < len(batches):
         notes.append(f"eval.batches={count}: only the first of {len(batches):,} batches were read.")
     for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
-        arrays = jax.device_put({name: batch[name] for name in _DEVICE_FIELDS}, rows)
+        arrays = jax.device_put({name: batch[name] for name in LOSS_FIELDS}, rows)
         nats, sums = jax.device_get(measure(params, arrays))
         loss.add(batch, nats)
         gates.add(sums)
@@ -148,24 +148,21 @@ def _measure(
     params: nnx.State,
     batch: Mapping[str, Array],
     *,
-    packed: bool,
+    packing: str,
+    rows: NamedSharding,
     loss_chunk: int,
 ) -> tuple[Float32[Array, "B T"], dict[int, dict[str, Float32[Array, " K"]]]]:
     """Nats of every target, and the sums of every SparseK layer's gates."""
     model = nnx.merge(graphdef, params)
-    # In a continuous row all is one document, and padding, at its end, is causally out of sight.
-    segment_ids = batch["segment_ids"] if packed else None
-    hidden, scores = model.hidden(
-        batch["inputs"],
-        positions=batch["positions"],
-        segment_ids=segment_ids,
-        return_scores=True,
-    )
+    hidden, scores = hidden_states(model, batch, packing=packing, sharding=rows, return_scores=True)
     nats, _ = token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
     valid = batch["loss_mask"] > 0
     sums = {
         layer: gate_sums(
-            layer_scores, valid, config=model.config.attention, segment_ids=segment_ids
+            layer_scores,
+            valid,
+            config=model.config.attention,
+            segment_ids=batch["segment_ids"] if packing == "segments" else None,
         )
         for layer, layer_scores in scores.items()
     }

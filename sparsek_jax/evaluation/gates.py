@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float32, Float64, Int
 
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.ops import causal_selection
-from sparsek_jax.ops.selection import document_bounds
+from sparsek_jax.ops.selection import document_bounds, first_query
 
 # Below this spread of its scores a head tells keys apart by position or rounding, not by content.
 CONSTANT_STD = 1e-3
@@ -106,17 +106,7 @@ def gate_sums(
 
     def run_end(holds):
         """First query from `enter` to the document's end at which `holds` is over."""
-
-        def halve(_, bracket):
-            low, high = bracket
-            middle = (low + high) // 2
-            undecided, still = low < high, holds(middle)
-            return (
-                jnp.where(undecided & still, middle + 1, low),
-                jnp.where(undecided & ~still, middle, high),
-            )
-
-        return jax.lax.fori_loop(0, length.bit_length(), halve, (enter, stop))[0]
+        return first_query(enter, stop, lambda query: ~holds(query), length=length)
 
     def is_selected(query):
         cutoff = at(selection.cutoff_score, query)
@@ -143,7 +133,7 @@ def gate_sums(
         return jnp.sum(x.astype(jnp.float32), axis=(0, 1))
 
     residual = scores - config.slope * (position - start)[:, :, None].astype(jnp.float32)
-    centred = residual - _document_mean(residual, start)
+    centred = residual - _document_mean(residual, valid, start)
     return {
         "queries": total(counted),
         "kept_mass": total(ones) + total(partial_mass),
@@ -212,12 +202,15 @@ def _prefix_sum(x: Array) -> Array:
     return jnp.pad(jnp.cumsum(x, axis=1), ((0, 0), (1, 0), (0, 0)))
 
 
-def _document_mean(x: Float32[Array, "B T K"], start: Int[Array, "B T"]) -> Float32[Array, "B T K"]:
-    """Mean of x over every position's document."""
+def _document_mean(
+    x: Float32[Array, "B T K"], valid: Bool[Array, "B T"], start: Int[Array, "B T"]
+) -> Float32[Array, "B T K"]:
+    """Mean of x over the valid tokens of every position's document."""
 
-    def row(x, start):
-        sums = jax.ops.segment_sum(x, start, num_segments=len(x))
-        counts = jax.ops.segment_sum(jnp.ones_like(x), start, num_segments=len(x))
+    def row(x, valid, start):
+        weight = valid[:, None].astype(x.dtype)
+        sums = jax.ops.segment_sum(x * weight, start, num_segments=len(x))
+        counts = jax.ops.segment_sum(weight, start, num_segments=len(x))
         return (sums / jnp.maximum(counts, 1.0))[start]
 
-    return jax.vmap(row)(x, start)
+    return jax.vmap(row)(x, valid, start)

@@ -109,13 +109,23 @@ class Attention(nnx.Module):
     def _heads(self, x):
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
-    def mix(self, x, query, key, value, segment_ids):
+    def mix(
+        self,
+        x: Float[Array, "B T D"],
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K"] | None]:
         """Returns attention output `[B, T, N, H]` and scores or None."""
         raise NotImplementedError
 
 
 class SparseKAttention(Attention):
-    """Attention over a sliding window and the k keys that a learned score selects."""
+    """Attention over a sliding window and the k keys that a learned score selects.
+
+    Its initialiser takes the arguments of `Attention`.
+    """
 
     def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs, **kwargs):
         super().__init__(config, d_model, rngs=rngs, **kwargs)
@@ -169,4 +179,4 @@ class WindowAttention(Attention):
         return out, None
 
 
-KINDS = {"sparsek": SparseKAttention, "dense": DenseAttention, "window": WindowAttention}
+LAYERS = {"sparsek": SparseKAttention, "dense": DenseAttention, "window": WindowAttention}

@@ -23,7 +23,7 @@ class AttentionConfig:
       num_selected: k, keys that a query selects.
       sliding_window: w, newest keys that a query always sees (SparseK and window).
       gating: "soft" or "straight_through".
-      implementation: Of the SparseK operator; None for the best one.
+      implementation: Of the SparseK operator, one that it has; None for the best one.
       qk_norm: RMSNorm over every query and key head (Qwen3).
       qkv_bias: Biases in the query, key and value projections.
       out_bias: Bias in the output projection.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.nn.attention import KINDS
+from sparsek_jax.nn.attention import LAYERS
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import document_positions
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         self.parallel_residual = config.parallel_residual
         norm = functools.partial(make_norm, config.norm, config.d_model, config.norm_eps, rngs=rngs)
         self.attention_norm = norm()
-        self.attention = KINDS[kind](
+        self.attention = LAYERS[kind](
             config.attention,
             config.d_model,
             out_init=out_init,
@@ -138,6 +138,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        sharding: jax.sharding.Sharding | None = None,
         return_scores: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], dict[int, Float32[Array, "B T K"]]]:
         """Hidden states after the final norm.
@@ -147,6 +148,8 @@ class Decoder(nnx.Module):
           positions: Positions for the rotary embedding; by default they count from 0 in every
             document.
           segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
+          sharding: Of the residual stream, before and after every block; None leaves it to the
+            compiler, which may gather a batch where it should gather weights.
           return_scores: Also return the scores of every SparseK layer by its index.
 
         Returns:
@@ -164,10 +167,18 @@ class Decoder(nnx.Module):
         _check_integers("positions", positions, tokens.shape)
         # `take` makes an id outside the vocabulary NaN; an index would be clamped.
         x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+        if sharding is not None:
+            x = jax.lax.with_sharding_constraint(x, sharding)
         splits = [nnx.split(layer) for layer in self.layers]
         blocks = [
             _rematerialised(
-                functools.partial(_apply, graphdef, positions=positions, segment_ids=segment_ids),
+                functools.partial(
+                    _apply,
+                    graphdef,
+                    positions=positions,
+                    segment_ids=segment_ids,
+                    sharding=sharding,
+                ),
                 self.config,
             )
             for graphdef, _ in splits
@@ -197,9 +208,12 @@ class Decoder(nnx.Module):
         return (x, dict(sorted(scores.items()))) if return_scores else x
 
 
-def _apply(graphdef, state, x, *, positions, segment_ids):
+def _apply(graphdef, state, x, *, positions, segment_ids, sharding):
     block = nnx.merge(graphdef, state)
-    return block(x, positions=positions, segment_ids=segment_ids)
+    x, scores = block(x, positions=positions, segment_ids=segment_ids)
+    if sharding is not None:
+        x = jax.lax.with_sharding_constraint(x, sharding)
+    return x, scores
 
 
 def _rematerialised(function, config: DecoderConfig):

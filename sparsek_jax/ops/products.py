@@ -1,4 +1,4 @@
-"""Matrix products with one rule of precision for operator and layers."""
+"""Matrix products with one rule of precision, for the operator, scorer and output projection."""
 
 import jax
 import jax.numpy as jnp

@@ -48,7 +48,7 @@ def sparsek(
         raise ValueError("z must have at least one axis, got a scalar")
     if not -z.ndim <= axis < z.ndim:
         raise ValueError(f"axis={axis} is out of range for z of shape {z.shape}")
-    check_k("k", k)
+    _check_k(k)
     if where is None:
         where = jnp.ones(z.shape, bool)
     where = jnp.asarray(where)
@@ -72,12 +72,12 @@ def sparsek(
     return jnp.moveaxis(p, -1, axis).astype(z.dtype)
 
 
-def check_k(name: str, k: Any) -> None:
+def _check_k(k: Any) -> None:
     """Raises unless `k` is a positive scalar, as far as its value is known while tracing."""
     if jnp.ndim(k) != 0:
-        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(k)}")
+        raise ValueError(f"k must be a scalar, got shape {jnp.shape(k)}")
     if not isinstance(k, jax.core.Tracer) and not (math.isfinite(k) and k > 0):
-        raise ValueError(f"{name}={k} must be positive and finite")
+        raise ValueError(f"k={k} must be positive and finite")
 
 
 @jax.custom_vjp
@@ -106,8 +106,8 @@ def _project(
         middle = (low + high) / 2
         interior, ones = interior_and_ones(middle)
         mass = jnp.sum(jnp.where(interior, y - middle, 0), -1, keepdims=True)
-        # Where a range of tau gives the sum k this finds its lower end, at which every 1 is clear
-        # of the interior.
+        # At `low` the sum exceeds k, so that a score exactly one above tau counts as a one there,
+        # not as interior.
         too_low = mass > k - ones.astype(y.dtype)
         return jnp.where(too_low, middle, low), jnp.where(too_low, high, middle)
 

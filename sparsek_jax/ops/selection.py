@@ -2,8 +2,8 @@
 
 For query t the pool is the contiguous range of keys `document_start(t) <= j <= t - w`. Two numbers
 per query describe its whole selection: the k-th key of the pool (the cutoff) and the threshold tau
-of its SparseK projection. Both are order statistics of a contiguous range, so all queries find
-theirs at once by walking one sorted tree, a wavelet matrix:
+of its SparseK projection. Both are questions about the sorted scores of a contiguous range, so all
+queries find theirs at once by walking one sorted tree, a wavelet matrix:
 
   * clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x). Let every key contribute the breakpoint u
     with weight +1 and the breakpoint u - 1 with weight -1. Then the sum over the
@@ -21,10 +21,12 @@ another one's rounding.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sparsek_jax.ops.tracing import varying_like
 
@@ -106,7 +108,9 @@ def causal_selection(
     return Selection(cutoff_score, cutoff_index, tau, candidates, chunk_size)
 
 
-def check_selection_arguments(scores, num_selected, sliding_window, segment_ids) -> None:
+def check_selection_arguments(
+    scores: Any, num_selected: Any, sliding_window: Any, segment_ids: Any
+) -> None:
     """Raises the errors of `causal_selection`."""
     if jnp.ndim(scores) != 3:
         raise ValueError(f"scores must have shape [B, T, K], got {jnp.shape(scores)}")
@@ -148,6 +152,36 @@ def document_bounds(
     start = jax.lax.cummax(jnp.where(first, position, 0), axis=1)
     end = jax.lax.cummin(jnp.where(last, position + 1, length), axis=1, reverse=True)
     return start, end
+
+
+def first_query(
+    begin: Int32[Array, "*shape"],
+    end: Int32[Array, "*shape"],
+    reached: Callable[[Int32[Array, "*shape"]], Bool[Array, "*shape"]],
+    *,
+    length: int,
+) -> Int32[Array, "*shape"]:
+    """First query in [begin, end) from which `reached` holds; `end` if there is none.
+
+    Args:
+      begin: First candidates.
+      end: Bounds, at most `length`.
+      reached: Whether the condition holds at these queries, which may be `length`; once true in
+        [begin, end), it stays true.
+      length: Number of queries.
+    """
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) // 2
+        there = reached(middle)
+        undecided = low < high
+        return (
+            jnp.where(undecided & ~there, middle + 1, low),
+            jnp.where(undecided & there, middle, high),
+        )
+
+    return jax.lax.fori_loop(0, length.bit_length(), halve, (begin, end))[0]
 
 
 # One row: the scores of one sequence and one KV head.
@@ -349,25 +383,13 @@ def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
     if length == 0:
         return scores, None, None
     enters = jnp.minimum(jnp.arange(length, dtype=jnp.int32) + window, end)
+    enters, end = (varying_like(x, scores, enters) for x in (enters, end))
 
-    def first_query(begin, reached):
-        """First query from `begin` to the document's end at which the monotone `reached` holds."""
+    def distance(query):
+        return scores - tau[jnp.minimum(query, length - 1)]
 
-        def halve(_, bracket):
-            low, high = bracket
-            middle = (low + high) // 2
-            there = reached(tau[jnp.minimum(middle, length - 1)])
-            undecided = low < high
-            return (
-                jnp.where(undecided & ~there, middle + 1, low),
-                jnp.where(undecided & there, middle, high),
-            )
-
-        bracket = tuple(varying_like(x, scores, begin) for x in (begin, end))
-        return jax.lax.fori_loop(0, length.bit_length(), halve, bracket)[0]
-
-    unsaturated = first_query(enters, lambda threshold: ~(scores - threshold >= 1))
-    dropped = first_query(unsaturated, lambda threshold: ~(scores - threshold > 0))
+    unsaturated = first_query(enters, end, lambda t: ~(distance(t) >= 1), length=length)
+    dropped = first_query(unsaturated, end, lambda t: ~(distance(t) > 0), length=length)
 
     ones = jnp.ones_like(unsaturated)
     change = jnp.zeros((length + 1,), jnp.int32).at[unsaturated].add(ones).at[dropped].add(-ones)

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
+from jax.experimental import multihost_utils
 
 from sparsek_jax import nn
 from sparsek_jax.training.parameters import Params, define
@@ -37,7 +38,7 @@ def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads the configuration that a run was started with.
+    """Reads the configuration that a run was last started or resumed with.
 
     Raises:
       FileNotFoundError: The directory holds no run.
@@ -157,6 +158,8 @@ class Checkpoints:
                 os.replace(_step_directory(self._workdir, broken), target)
                 (self._manifests / f"{broken}.json").unlink(missing_ok=True)
                 logging.warning("moved the damaged checkpoint of step %d to %s", broken, target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved")
         self._manager.reload()
 
 

@@ -12,7 +12,7 @@ from sparsek_jax.training.config import ConfigError, default_config
 from sparsek_jax.training.trainer import TrainingDivergedError
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main` and exits.
 
     The status is 2 after a mistake of the user's: a mistyped or impossible `--config` field (the
@@ -27,8 +27,14 @@ def run(main: Callable[[list[str]], None]) -> None:
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         # KeyError prints its argument quoted.
         _fail(error.args[0] if isinstance(error, KeyError) and error.args else error, status=2)
+    if len(argv) > 1:
+        _fail(
+            f"unexpected argument {argv[1]!r}; expected --flag=value, with patterns in quotes "
+            "(--config.data.glob='texts/*.txt')",
+            status=2,
+        )
     try:
-        main(argv)
+        main()
     except (ConfigError, FileNotFoundError) as error:
         _fail(error, status=2)
     except (TrainingDivergedError, CheckpointError) as error:

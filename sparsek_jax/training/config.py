@@ -37,7 +37,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.attention = ml_collections.ConfigDict()
     config.attention.kind = "sparsek"  # or "dense", "window"
-    config.attention.pattern = ()  # kinds repeated over the layers; (): `kind` in every layer
+    # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
+    # --config.attention.pattern="('window','sparsek')"
+    config.attention.pattern = ()
     config.attention.num_heads = 4
     config.attention.num_kv_heads = 4
     config.attention.head_dim = 64

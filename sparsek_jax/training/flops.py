@@ -8,6 +8,7 @@ from sparsek_jax.nn import DecoderConfig
 # Dense bfloat16 peak in FLOP/s by a part of `jax.Device.device_kind`; vendors' data sheets.
 _PEAK = {
     "H200": 989e12,
+    "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "TPU v4": 275e12,
@@ -16,6 +17,7 @@ _PEAK = {
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "TPU v5": 459e12,  # as JAX names the v5p
 }
 
 

@@ -1,10 +1,37 @@
-"""Cross-entropy that never holds the logits of all tokens at once."""
+"""Hidden states of a batch, and cross-entropy that never holds the logits of all tokens at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
+
+from sparsek_jax import nn
+
+# The fields of a batch that a model's loss is computed from.
+LOSS_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
+
+
+def hidden_states(
+    model: nn.Decoder, batch: Mapping[str, Int[Array, "B T"]], *, packing: str, **kwargs: Any
+) -> Any:
+    """`model.hidden` of a batch.
+
+    Args:
+      model: The language model.
+      batch: `LOSS_FIELDS` of a batch, `[B, T]`.
+      packing: `config.data.packing` of the batch.
+      **kwargs: For `Decoder.hidden`.
+
+    Returns:
+      What `Decoder.hidden` returns.
+    """
+    # In a continuous row all is one document, and padding, at its end, is causally out of sight.
+    segment_ids = batch["segment_ids"] if packing == "segments" else None
+    return model.hidden(
+        batch["inputs"], positions=batch["positions"], segment_ids=segment_ids, **kwargs
+    )
 
 
 def token_nats(

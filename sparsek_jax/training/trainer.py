@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32
 
@@ -28,7 +30,7 @@ from sparsek_jax.training import sharding
 from sparsek_jax.training.checkpoint import Checkpoints, load_config, save_config, write_json
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
-from sparsek_jax.training.loss import token_nats
+from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, split
@@ -40,8 +42,6 @@ _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 # Names the prepared corpus, and with it the content of the text, that the run was started with.
 _CORPUS_FILE = "corpus.json"
-
-_DEVICE_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
 
 
 class TrainingDivergedError(RuntimeError):
@@ -70,13 +70,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
 
     Args:
       config: All fields of `default_config`.
-      workdir: The run's directory: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+      workdir: The run's directory; docs/architecture.md says what it holds.
 
     Returns:
       The model and how it ended. On SIGTERM or SIGINT it checkpoints and returns early.
 
     Raises:
       ConfigError: A field is impossible, or contradicts the run that `workdir` holds.
+      CheckpointError: `workdir` has checkpoints, but none is intact.
       TrainingDivergedError: `train.max_bad_steps` steps in a row were not finite.
     """
     workdir = Path(workdir)
@@ -119,6 +120,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         state = jax.jit(init, out_shardings=shardings)()
     else:
         step, params, optimizer_state = restored
+        if step > config.train.steps:
+            raise ConfigError(
+                f"train.steps={config.train.steps}, but the run in workdir={str(workdir)!r} is "
+                f"already at step {step}; expected at least that"
+            )
         state = {"params": params, "optimizer": optimizer_state}
         print(f"resuming from step {step} of {workdir}", flush=True)
 
@@ -135,6 +141,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: ml_collections.ConfigDict,
     loss_chunk: int,
+    rows: NamedSharding,
     state: dict,
     batch: dict[str, Array],
 ) -> tuple[dict, dict[str, Float32[Array, ""]]]:
@@ -145,6 +152,7 @@ def train_step(
       optimizer: Of the parameters.
       config: The run's configuration.
       loss_chunk: Positions per row whose logits exist at a time.
+      rows: How rows are spread over the devices.
       state: Parameters and optimizer state.
       batch: Fields of a batch, `[B, T]`.
 
@@ -157,7 +165,7 @@ def train_step(
     def loss(params, piece):
         """This piece's share of the batch's loss, so that pieces add up to it exactly."""
         model = definition.merge(params)
-        nats, log_z = _nats(model, piece, config, loss_chunk)
+        nats, log_z = _nats(model, piece, config, loss_chunk, rows)
         mean_nats = jnp.sum(nats * piece["loss_mask"]) / num_targets
         penalty = jnp.sum(log_z**2 * piece["loss_mask"]) / num_targets
         return mean_nats + config.optimizer.z_loss * penalty, mean_nats
@@ -204,14 +212,8 @@ def train_step(
     return new_state, metrics
 
 
-def _nats(model, batch, config, loss_chunk):
-    # In a continuous row all is one document, and padding, at its end, is causally out of sight.
-    packed = config.data.packing == "segments"
-    hidden = model.hidden(
-        batch["inputs"],
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"] if packed else None,
-    )
+def _nats(model, batch, config, loss_chunk, rows):
+    hidden = hidden_states(model, batch, packing=config.data.packing, sharding=rows)
     return token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
 
 
@@ -231,19 +233,27 @@ class _Run:
         self.config, self.workdir, self.corpus = config, workdir, corpus
         self.rows = NamedSharding(mesh, sharding.ROWS)
         row_devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        rows_per_device = config.train.batch_size // row_devices // config.optimizer.accumulate
-        loss_chunk = max(1, config.train.loss_chunk // rows_per_device)
+        rows_per_device = config.train.batch_size // row_devices
+        step_rows_per_device = rows_per_device // config.optimizer.accumulate
+        loss_chunk, step_loss_chunk = (
+            max(1, config.train.loss_chunk // n) for n in (rows_per_device, step_rows_per_device)
+        )
         self.step = jax.jit(
-            functools.partial(train_step, definition, optimizer, config, loss_chunk),
+            functools.partial(
+                train_step, definition, optimizer, config, step_loss_chunk, self.rows
+            ),
             donate_argnums=0,
             # Left to the compiler, a small parameter may come back split another way than it went
             # in, and the next step would be compiled anew.
             out_shardings=(shardings, None),
         )
-        self.evaluate = jax.jit(functools.partial(_sum_nats, definition, config, loss_chunk))
+        self.evaluate = jax.jit(
+            functools.partial(_sum_nats, definition, config, loss_chunk, self.rows)
+        )
         self.model_config = decoder_config(config, corpus.tokenizer.vocab_size)
-        known = config.model.dtype == "bfloat16"
-        peak = peak_flops(jax.devices()[0].device_kind) if known else None
+        # The peaks that are known are those of bfloat16.
+        is_bfloat16 = config.model.dtype == "bfloat16"
+        peak = peak_flops(jax.devices()[0].device_kind) if is_bfloat16 else None
         # Each process counts the FLOPs of its own rows.
         self.peak = peak * jax.local_device_count() if peak else None
 
@@ -290,9 +300,10 @@ class _Run:
         return state, step
 
     def _to_devices(self, batch):
+        shape = (self.config.train.batch_size, self.config.data.seq_len)
         return {
-            name: jax.make_array_from_process_local_data(self.rows, batch[name])
-            for name in _DEVICE_FIELDS
+            name: jax.make_array_from_process_local_data(self.rows, batch[name], shape)
+            for name in LOSS_FIELDS
         }
 
     def _validate(self, params, held_out):
@@ -300,14 +311,14 @@ class _Run:
         limit = self.config.train.eval_batches or len(held_out)
         sums = [
             self.evaluate(params, self._to_devices(batch))
-            for batch, _ in zip(held_out, range(limit), strict=False)
+            for batch in itertools.islice(held_out, limit)
         ]
         nats, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         return float(nats / count)
 
 
-def _sum_nats(definition, config, loss_chunk, params, batch):
-    nats, _ = _nats(definition.merge(params), batch, config, loss_chunk)
+def _sum_nats(definition, config, loss_chunk, rows, params, batch):
+    nats, _ = _nats(definition.merge(params), batch, config, loss_chunk, rows)
     return jnp.sum(nats * batch["loss_mask"]), jnp.sum(batch["loss_mask"])
 
 
@@ -407,8 +418,6 @@ class _Stop:
         # Agreeing waits for every process, so it is not done after each step.
         if step % self._every:
             return False
-        from jax.experimental import multihost_utils
-
         asked = multihost_utils.process_allgather(np.bool_(self.name))
         if asked.any():
             self.name = self.name or "a signal to another process"

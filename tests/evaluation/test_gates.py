@@ -97,6 +97,19 @@ def test_spread_is_taken_within_documents_and_without_the_slope():
     np.testing.assert_allclose(layer.score_std, np.sqrt(total / count), rtol=1e-3)
 
 
+def test_padding_behind_a_continuous_row_does_not_count():
+    length, padding = 60, 7
+    scores = np.random.default_rng(0).standard_normal((1, length, 2)).astype(np.float32)
+    valid = np.arange(length)[None] < length - padding
+    scores[~valid] += 100
+    config = attention(num_selected=4)
+    layer = measure(scores, valid, config)
+    alone = measure(scores[:, :-padding], valid[:, :-padding], config)
+    assert layer.queries == alone.queries
+    for name in ("kept_mass", "support", "saturation", "interior", "score_std"):
+        np.testing.assert_allclose(getattr(layer, name), getattr(alone, name), rtol=1e-5)
+
+
 def test_batches_add_up():
     rng = np.random.default_rng(0)
     scores = rng.standard_normal((4, 50, 2)).astype(np.float32)

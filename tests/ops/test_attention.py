@@ -97,31 +97,16 @@ def run_oracle(case, gating, dtype):
         return [np.asarray(x) for x in (out, *vjp(jnp.asarray(np.asarray(d_out), jnp.float64)))]
 
 
-def check(case, gating, dtype, implementation):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gating", ["soft", "straight_through"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_outputs_and_gradients(case, gating, dtype, implementation):
     inputs = make_inputs(case, dtype)
     actual = run(*inputs, case=case, gating=gating, implementation=implementation)
     assert [x.dtype for x in actual] == [dtype] * 4 + ["float32"]
     found = errors(actual, run_oracle(case, gating, dtype))
     assert max(found.values()) <= TOLERANCE[dtype], found
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_outputs_and_gradients(case, implementation):
-    check(case, "soft", "float32", implementation)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES[:4], ids=str)
-def test_straight_through(case, implementation):
-    check(case, "straight_through", "float32", implementation)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("gating", ["soft", "straight_through"])
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
-def test_bfloat16(case, gating, implementation):
-    check(case, gating, "bfloat16", implementation)
 
 
 def test_oracle_gradients_against_finite_differences():

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from sparsek_jax import nn
-from sparsek_jax.training import trainer
+from sparsek_jax.training import sharding, trainer
 from sparsek_jax.training.config import decoder_config, default_config
 from sparsek_jax.training.flops import attended_keys, peak_flops, train_flops
 from sparsek_jax.training.loss import token_nats
@@ -46,7 +47,9 @@ def make_step(config):
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(0)))
     optimizer = make_optimizer(config)
     state = trainer._init(config, model_config, optimizer)
-    step = jax.jit(functools.partial(trainer.train_step, definition, optimizer, config, 5))
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    rows = NamedSharding(mesh, sharding.ROWS)
+    step = jax.jit(functools.partial(trainer.train_step, definition, optimizer, config, 5, rows))
     return step, state
 
 
