@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float32, Float64, Int
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.ops import causal_selection
 from sparsek_jax.ops.selection import document_bounds, first_query
+from sparsek_jax.ops.tracing import computed_once
 
 # Below this spread of its scores a head tells keys apart by position or rounding, not by content.
 CONSTANT_STD = 1e-3
@@ -90,6 +91,7 @@ def gate_sums(
     """
     batch, length, _ = scores.shape
     window = config.sliding_window
+    scores = computed_once(scores)
     selection = causal_selection(
         scores,
         num_selected=config.num_selected,

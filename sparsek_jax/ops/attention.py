@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsek_jax.ops.reference import sparsek_attention_reference
 from sparsek_jax.ops.selection import check_selection_arguments
+from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.ops.xla import sparsek_attention_xla
 
 Gating = Literal["soft", "straight_through"]
@@ -84,6 +85,7 @@ def sparsek_attention(
         )
     if query.size == 0:
         return query
+    length = query.shape[1]
     return _attention(
         query,
         key,
@@ -91,8 +93,8 @@ def sparsek_attention(
         scores,
         segment_ids,
         implementation=name,
-        num_selected=num_selected,
-        sliding_window=sliding_window,
+        num_selected=min(num_selected, length),
+        sliding_window=min(sliding_window, length),
         gating=gating,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
     )
@@ -106,7 +108,7 @@ def sparsek_attention(
 def _attention(query, key, value, scores, segment_ids, *, implementation, **settings):
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     # An infinite score has no finite threshold: as loud as a NaN in every implementation.
-    scores = jnp.where(jnp.isinf(scores), jnp.nan, scores)
+    scores = computed_once(jnp.where(jnp.isinf(scores), jnp.nan, scores))
     attend = _IMPLEMENTATIONS[implementation]
     return attend(query, key, value, scores, segment_ids=segment_ids, **settings)
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, ScalarLike
 
+from sparsek_jax.ops.tracing import varying_like
+
 # Halving [-1, 0] this often passes the spacing of the dtype's numbers just below one.
 _ROUNDS = {np.dtype("float32"): 26, np.dtype("float64"): 54}
 
@@ -62,13 +64,19 @@ def sparsek(
         ) from None
     if z.shape[axis] == 0:
         return z
+    if isinstance(k, int):
+        # All ones in any case; a larger int may not fit an array's dtype.
+        k = min(k, z.shape[axis])
 
     dtype = jnp.promote_types(z.dtype, jnp.float32)
-    p = _project(
+    arrays = (
         jnp.moveaxis(z.astype(dtype), axis, -1),
         jnp.asarray(k).astype(dtype),
         jnp.moveaxis(where, axis, -1),
     )
+    # Under `shard_map` k may be replicated where z is split. Its gradient is then a sum over
+    # devices, which this cast's transpose takes.
+    p = _project(*(varying_like(x, *arrays) for x in arrays))
     return jnp.moveaxis(p, -1, axis).astype(z.dtype)
 
 

@@ -46,7 +46,8 @@ def sparsek_attention_reference(
     with jax.default_matmul_precision("highest"):
         logits = jnp.einsum("btkgh,bskh->bkgts", grouped.astype(dtype), key.astype(dtype))
         logits = jnp.where(attended, gate * logits * scale, -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1) * gate
+        # A query whose pool holds a NaN must not spread it to keys that it does not attend to.
+        weights = jnp.where(attended, jax.nn.softmax(logits, axis=-1) * gate, 0.0)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype))
     return out.reshape(query.shape).astype(query.dtype)
 

@@ -26,9 +26,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from sparsek_jax.ops.tracing import varying_like
+from sparsek_jax.ops.tracing import computed_once, varying_like
 
 
 @functools.partial(
@@ -72,6 +73,10 @@ def causal_selection(
 ) -> Selection:
     """Finds the selection of every query exactly: arXiv 2406.16747, causal, with a window.
 
+    Whoever compares scores with the cutoffs, in a jit that also computes the scores, should pass
+    both this function and the comparison `jax.lax.optimization_barrier(scores)`: XLA may otherwise
+    compute the scores twice, with two roundings.
+
     Differentiable: `tau` carries the gradient of the projection to `scores`, as sums over each
     key's interval of interior queries. The cutoffs and candidates are discrete and carry none.
     Time O(T log T), memory O(T), no scan over tokens.
@@ -79,7 +84,8 @@ def causal_selection(
     Args:
       scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed
         point with a resolution of 2^-30 for T <= 65,536, coarser by four for every doubling beyond
-        that.
+        that. `tau` is rounded to float32, so gates are off by up to 6e-8 times its magnitude:
+        scores should not share a large offset.
       num_selected: k, how many keys a query keeps.
       sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the
         pool ends at the query.
@@ -94,6 +100,13 @@ def causal_selection(
       ValueError: A shape or a value does not fit.
     """
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
+    length = scores.shape[1]
+    return _select(scores, segment_ids, min(num_selected, length), min(sliding_window, length))
+
+
+# Compiled as one, a call outside of any jit takes a fraction of what its operations would.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _select(scores, segment_ids, num_selected, sliding_window):
     batch, length, _ = scores.shape
     start, end = document_bounds(segment_ids, batch, length)
     chunk_size = default_chunk_size(num_selected, length)
@@ -102,10 +115,9 @@ def causal_selection(
         in_axes=(1, None, None),
         out_axes=(1, 1, 1, 1),
     )
-    cutoff_score, cutoff_index, tau, candidates = jax.vmap(per_head)(
-        scores.astype(jnp.float32), start, end
-    )
-    return Selection(cutoff_score, cutoff_index, tau, candidates, chunk_size)
+    # Under `shard_map` documents may be split where scores are replicated.
+    scores = varying_like(computed_once(scores.astype(jnp.float32)), start)
+    return Selection(*jax.vmap(per_head)(scores, start, end), chunk_size)
 
 
 def check_selection_arguments(
@@ -131,6 +143,12 @@ def check_selection_arguments(
             raise ValueError(
                 f"segment_ids must have shape [B, T] = {scores.shape[:2]}, got {segment_ids.shape}"
             )
+        # JAX would wrap larger ids, so that documents might coincide.
+        limits = np.iinfo(np.int32)
+        if isinstance(segment_ids, np.ndarray) and not jax.config.jax_enable_x64:
+            for id_ in (segment_ids.min(initial=0), segment_ids.max(initial=0)):
+                if not limits.min <= id_ <= limits.max:
+                    raise ValueError(f"segment_ids holds {id_}, expected ids that fit in int32")
 
 
 def default_chunk_size(num_selected: int, length: int) -> int:
@@ -223,23 +241,23 @@ def _thresholds(num_selected, window, chunk_size, scores, start, end):
     bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), dtype=jnp.int32), (1, 0))
     poison = jnp.where(bad[stop] > bad[start], jnp.nan, 0.0)
     cutoff_score = jnp.where(everything, -jnp.inf, scores[kth]) + poison
-    tau = _running_max(jnp.where(everything, -jnp.inf, tau) + poison, start)
+    # Exact thresholds rise already. The maximum removes the last bit's noise, so that the queries
+    # for which a key is interior are one interval to the bit.
+    tau = _running(jnp.maximum, jnp.where(everything, -jnp.inf, tau) + poison, start)
     return cutoff_score, cutoff_index, tau, candidates
 
 
-def _running_max(tau: Float[Array, " T"], start: Int32[Array, " T"]) -> Float[Array, " T"]:
-    """Maximum over the document so far.
-
-    Exact thresholds rise already. This removes the last bit's noise, so that the queries for which
-    a key is interior are one interval to the bit.
-    """
+def _running(
+    operation: Callable[[Array, Array], Array], x: Float[Array, " T"], start: Int32[Array, " T"]
+) -> Float[Array, " T"]:
+    """Accumulates x by `operation` over the document so far; documents do not touch each other."""
 
     def combine(left, right):
-        (left_start, left_max), (right_start, right_max) = left, right
-        joined = jnp.where(left_start == right_start, jnp.maximum(left_max, right_max), right_max)
+        (left_start, left_x), (right_start, right_x) = left, right
+        joined = jnp.where(left_start == right_start, operation(left_x, right_x), right_x)
         return right_start, joined
 
-    return jax.lax.associative_scan(combine, (start, tau))[1]
+    return jax.lax.associative_scan(combine, (start, x))[1]
 
 
 def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
@@ -367,17 +385,18 @@ def _descend(scores, num_selected, tau_range, quantile):
 
 def _thresholds_fwd(num_selected, window, chunk_size, scores, start, end):
     outputs = _thresholds(num_selected, window, chunk_size, scores, start, end)
-    return outputs, (scores, outputs[2], end)
+    return outputs, (scores, outputs[2], start, end)
 
 
 def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
     """The gradient of tau as prefix sums.
 
     tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t. A key is
-    interior during one interval of queries: its sum is a difference of prefix sums.
+    interior during one interval of queries: its sum is a difference of prefix sums, which begin
+    anew with every document so that none feels another one's rounding or NaN.
     """
     del num_selected, chunk_size
-    scores, tau, end = residuals
+    scores, tau, start, end = residuals
     g = cotangents[2]
     (length,) = scores.shape
     if length == 0:
@@ -395,8 +414,14 @@ def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
     change = jnp.zeros((length + 1,), jnp.int32).at[unsaturated].add(ones).at[dropped].add(-ones)
     num_interior = jnp.cumsum(change)[:length]
     share = jnp.where(num_interior > 0, g / jnp.maximum(num_interior, 1), 0.0)
-    prefix = jnp.pad(jnp.cumsum(share), (1, 0))
-    return prefix[dropped] - prefix[unsaturated], None, None
+    running = _running(jnp.add, share, start)
+
+    def before(query):
+        """Sum over the queries of the key's document before this one."""
+        return jnp.where(query > start, running[query - 1], 0.0)
+
+    gradient = before(dropped) - before(unsaturated)
+    return jnp.where(dropped > unsaturated, gradient, 0.0), None, None
 
 
 _thresholds.defvjp(_thresholds_fwd, _thresholds_bwd)

@@ -1,4 +1,4 @@
-"""Helpers for code that is traced under `shard_map`."""
+"""Helpers for code that others trace: inside their `shard_map`, or fused with what they compute."""
 
 import jax
 from jaxtyping import Array
@@ -13,3 +13,13 @@ def varying_like(x: Array, *references: Array) -> Array:
     axes = set().union(*(jax.typeof(r).manual_axis_type.varying for r in references))
     axes -= jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
+def computed_once(x: Array) -> Array:
+    """Makes XLA compute `x` once and store it, so that all readers see the same bits.
+
+    It would else recompute a cheap expression inside every fusion that reads it, and contract its
+    multiplications and additions differently in each. Code that compares two values derived from
+    `x` for order or equality, such as a score with a cutoff, must not see two roundings.
+    """
+    return jax.lax.optimization_barrier(x)

@@ -37,9 +37,8 @@ def sparsek_attention_xla(
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     scores = scores.astype(jnp.float32)
-    window = min(sliding_window, length)
     selection = causal_selection(
-        scores, num_selected=num_selected, sliding_window=window, segment_ids=segment_ids
+        scores, num_selected=num_selected, sliding_window=sliding_window, segment_ids=segment_ids
     )
     start, _ = document_bounds(segment_ids, batch, length)
     if scores.shape[2] != num_kv_heads:
@@ -48,7 +47,7 @@ def sparsek_attention_xla(
             (scores, selection),
         )
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    settings = _Settings(selection.chunk_size, window, scale, gating == "soft")
+    settings = _Settings(selection.chunk_size, sliding_window, scale, gating == "soft")
     fixed = (start, selection.cutoff_score, selection.cutoff_index, selection.candidates)
     arrays = (grouped, key, value, scores, selection.tau, fixed)
     # Under `shard_map` an argument may be replicated where another is split, such as shared scores
@@ -149,7 +148,8 @@ def _tile_backward(settings, queries, keys, d_out):
     d_logits = (settings.scale * d_logits).astype(dtype)
     d_query = einsum_f32("bkgcl,bklh->bckgh", d_logits, keys.key)
     d_key = einsum_f32("bkgcl,bckgh->bklh", d_logits, queries.query)
-    d_value = einsum_f32("bkgcl,bckgh->bklh", (probabilities * gate).astype(dtype), d_out)
+    weights = jnp.where(gates.attended[:, :, None], probabilities * gate, 0.0)
+    d_value = einsum_f32("bkgcl,bckgh->bklh", weights.astype(dtype), d_out)
     return (
         d_query,
         d_key,

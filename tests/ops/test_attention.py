@@ -150,6 +150,53 @@ def test_equals_dense_causal_attention_when_nothing_is_dropped(k, window, implem
     np.testing.assert_allclose(out, dense, atol=2e-6)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [37, 50, 64, 65, 100, 150])
+def test_scores_computed_in_the_same_jit(length, packed, implementation):
+    """The compiler may fuse what makes the scores into every place that reads them."""
+    case = Case(2, 1, 16, length, 6, 5)
+    query, key, value, x, d_out, segment_ids = make_inputs(case)
+    settings = {"num_selected": case.k, "sliding_window": case.window}
+    settings["segment_ids"] = segment_ids if packed else None
+
+    @jax.jit
+    def together(query, key, value, x):
+        def attend(query, key, value, x):
+            scores = 1.3 * x + 1e-6 * jnp.arange(length, dtype=jnp.float32)[:, None]
+            out = sparsek_attention(
+                query, key, value, scores, implementation=implementation, **settings
+            )
+            return out, scores
+
+        out, vjp, scores = jax.vjp(attend, query, key, value, x, has_aux=True)
+        return (out, *vjp(d_out)), scores
+
+    (*actual, d_x), scores = together(query, key, value, x)
+    arrays = (query, key, value, scores)
+    attend = functools.partial(sparsek_attention, implementation="reference", **settings)
+    out, vjp = jax.jit(functools.partial(jax.vjp, attend))(*arrays)
+    found = errors([*actual, d_x / 1.3], [out, *vjp(d_out)])
+    assert max(found.values()) <= 1e-5, found
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_documents_do_not_feel_each_other_s_cotangents(implementation):
+    case = Case(1, 2, 32, 80, 6, 0)
+    query, key, value, scores, d_out, _ = make_inputs(case)
+    segment_ids = jnp.repeat(jnp.arange(2), 40)[None].repeat(4, axis=0)
+
+    def gradients(d_out):
+        inputs = (query, key, value, scores, d_out, segment_ids)
+        return run(*inputs, case=case, gating="soft", implementation=implementation)[1:]
+
+    clean = gradients(d_out)
+    for x, y in zip(gradients(d_out.at[:, 30].multiply(1e8)), clean, strict=True):
+        np.testing.assert_allclose(x[:, 40:], y[:, 40:], rtol=1e-5, atol=1e-6)
+    d_scores = gradients(d_out.at[:, 30].set(jnp.nan))[3]
+    np.testing.assert_allclose(d_scores[:, 40:], clean[3][:, 40:], rtol=1e-5, atol=1e-6)
+
+
 def test_vmap_jit_and_remat_agree_with_plain_calls():
     case = CASES[1]
     *arrays, d_out, segment_ids = make_inputs(case)
@@ -196,7 +243,8 @@ def test_deterministic():
 def test_nan_score_reaches_its_document_only(gating, implementation):
     case = Case(1, 2, 32, 40, 4, 3)
     query, key, value, scores, d_out, _ = make_inputs(case)
-    segment_ids = jnp.repeat(jnp.arange(2), 20)[None].repeat(4, axis=0)
+    # Three documents, so that one comes before and one after.
+    segment_ids = jnp.array([0] * 20 + [1] * 15 + [2] * 5)[None].repeat(4, axis=0)
     clean = run(
         query,
         key,
@@ -221,9 +269,13 @@ def test_nan_score_reaches_its_document_only(gating, implementation):
         implementation=implementation,
     )
     # The key enters the pool at 28, with four other keys or more.
-    assert np.isnan(out[0, 28:]).all()
+    assert np.isnan(out[0, 28:35]).all()
     np.testing.assert_array_equal(out[0, :28], clean[0][0, :28])
-    assert all(np.isnan(x[0]).any() for x in gradients)
+    np.testing.assert_array_equal(out[0, 35:], clean[0][0, 35:])
+    for x, expected in zip(gradients, clean[1:], strict=True):
+        assert np.isnan(x[0, 20:35]).any()
+        for others in (slice(0, 20), slice(35, 40)):
+            np.testing.assert_allclose(x[0, others], expected[0, others], atol=1e-6)
     np.testing.assert_allclose(out[1:], clean[0][1:], atol=1e-6)
     assert all(np.isfinite(x[1:]).all() for x in gradients)
 
@@ -257,6 +309,18 @@ def test_exports_to_other_platforms_from_here():
         assert jax.export.export(attend, platforms=[platform])(*inputs).platforms == (platform,)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numbers_beyond_int32_select_and_see_everything(implementation):
+    query, key, value, scores, _, _ = make_inputs(Case(1, 2, 32, 20, 1, 0))
+    attend = functools.partial(
+        sparsek_attention, query, key, value, scores, implementation=implementation
+    )
+    expected = attend(num_selected=20, sliding_window=0)
+    for k, window in ((2**40, 0), (2, 2**40)):
+        out = attend(num_selected=k, sliding_window=window)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
 def attention_arguments(**change):
     shape = (2, 3, 2, 4)
     arguments = {
@@ -283,6 +347,7 @@ def attention_arguments(**change):
         ({"gating": "hard"}, ValueError, "gating='hard' is unknown"),
         ({"scale": float("nan")}, ValueError, "scale=nan"),
         ({"segment_ids": jnp.ones((2, 4), int)}, ValueError, "segment_ids must have shape"),
+        ({"segment_ids": np.full((2, 3), 2**31)}, ValueError, "segment_ids holds 2147483648"),
         ({"implementation": "cudnn"}, ValueError, "implementation='cudnn' is unknown"),
         ({"implementation": "mosaic_gpu"}, NotImplementedError, "'mosaic_gpu' has no kernel"),
     ],

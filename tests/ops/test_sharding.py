@@ -25,6 +25,50 @@ for shared in (False, True):
     expected = run(*inputs, case=case, gating="soft", implementation="xla")
     for x, y in zip(jax.jit(sharded)(*inputs), expected, strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5)
+
+# Gradients of what is replicated where something else is split; outside of jit, too.
+from flax import nnx
+from sparsek_jax import causal_selection, sparsek
+from sparsek_jax.nn.norms import TimestepNorm
+
+inputs = make_inputs(case._replace(shared=False))
+query, scores, segment_ids = inputs[0], inputs[3], inputs[5]
+
+
+def check(function, in_specs, *arrays):
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=P("data"))
+    for transform in (lambda f: f, jax.jit):
+        np.testing.assert_allclose(transform(sharded)(*arrays), function(*arrays), atol=2e-5)
+
+    def gradients(f):
+        return jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=range(len(in_specs))))
+
+    for x, y in zip(gradients(sharded)(*arrays), gradients(function)(*arrays), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+def tau(scores, segment_ids=segment_ids):
+    selection = causal_selection(
+        scores, num_selected=9, sliding_window=5, segment_ids=segment_ids
+    )
+    return jax.numpy.maximum(selection.tau, -9.0)
+
+
+check(lambda z, k: sparsek(z, k, axis=1), (P("data"), P()), scores, np.float32(4.5))
+check(lambda scores: tau(scores, None), (P("data"),), scores)
+one_row = scores[:1]
+by_row = jax.shard_map(tau, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+ids = segment_ids[:2]
+loss = lambda f: jax.jit(jax.grad(lambda u: (f(u, ids) ** 2).sum()))(one_row)
+whole = lambda u, ids: tau(jax.numpy.broadcast_to(u, (2, *u.shape[1:])), ids)
+np.testing.assert_allclose(loss(by_row), loss(whole), rtol=2e-5, atol=2e-5)
+# Its gradient in a `shard_map` crashes Shardy (jaxlib 0.11.2), as an associative scan of products
+# does.
+norm = TimestepNorm(scores.shape[-1])
+start = jax.numpy.zeros(scores.shape[:2], int)
+by_row = jax.shard_map(norm, mesh=mesh, in_specs=(P("data"), P("data")), out_specs=P("data"))
+for transform in (lambda f: f, jax.jit):
+    np.testing.assert_allclose(transform(by_row)(scores, start), norm(scores, start), atol=2e-6)
 print("equal on", len(jax.devices()), "devices")
 """
 
