@@ -16,6 +16,7 @@ from sparsek_jax.training.cli import run
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The recipe that the run was made with.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 flags.mark_flags_as_required(["config", "workdir"])
+flags.register_validator("workdir", lambda path: path != "", "expected a directory")
 
 
 def main() -> None:

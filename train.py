@@ -12,20 +12,34 @@ from ml_collections import config_flags
 
 from sparsek_jax.evaluation.sampling import sample
 from sparsek_jax.training.cli import run
+from sparsek_jax.training.config import ConfigError
 from sparsek_jax.training.trainer import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe of configs/.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if needed.")
 _DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Call jax.distributed.initialize(): one of several processes."
+    "distributed",
+    False,
+    "This is one of several processes. On a cluster that JAX knows (Cloud TPU, Slurm, ...) nothing "
+    "else is needed; elsewhere the following three are.",
 )
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process.", lower_bound=0)
 flags.mark_flags_as_required(["config", "workdir"])
+flags.register_validator("workdir", lambda path: path != "", "expected a directory")
 
 
 def main() -> None:
     """Trains, then prints a sample of what the model writes."""
     if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--distributed: {error} Expected a cluster that JAX knows, or --coordinator, "
+                "--num_processes and --process_id"
+            ) from error
     config = _CONFIG.value
     result = train(config, _WORKDIR.value)
     if result.finished and config.sample.length:

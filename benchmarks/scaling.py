@@ -4,7 +4,8 @@
     python -m benchmarks.scaling --length=8192,65536 --heads=12 --kv_heads=12 --dtype=bfloat16
 
 For every length it compiles forward and forward + backward, reads the peak temporary memory from
-the compiler's analysis and times the fastest of a few synchronised calls on random data.
+the compiler's analysis and takes the fastest of a few synchronised calls on random data; the
+lengths are called in turn, so that a busy machine disturbs their ratio little.
 Correctness comes first: nothing is timed before the implementation equals the dense reference at a
 small length. Dense attention of JAX runs beside it where asked (`--dense`).
 """
@@ -88,16 +89,29 @@ def check() -> float:
     return max(errors)
 
 
-def measure(function, arguments) -> tuple[float, int]:
-    """Seconds of the fastest call, and temporary bytes of the compiled program."""
-    compiled = jax.jit(function).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
+def compile_mode(function, mode: str, length: int):
+    """The compiled program of a mode at a length, and its arguments."""
+    *arrays, d_out = make_inputs(length)
+    if mode == "forward":
+        return jax.jit(function).lower(*arrays).compile(), arrays
+
+    def gradients(d_out, *arrays):
+        out, vjp = jax.vjp(function, *arrays)
+        return out, vjp(d_out)
+
+    return jax.jit(gradients).lower(d_out, *arrays).compile(), [d_out, *arrays]
+
+
+def fastest(programs) -> list[float]:
+    """Seconds of the fastest call of each program, all called in turn so that all see one load."""
     times = []
-    for _ in range(_REPEATS.value):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        times.append(time.perf_counter() - start)
-    return min(times), compiled.memory_analysis().temp_size_in_bytes
+    for _ in range(_REPEATS.value + 1):
+        for compiled, arguments in programs:
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            times.append(time.perf_counter() - start)
+    # The first call of each warms it up.
+    return np.reshape(times, (-1, len(programs)))[1:].min(axis=0).tolist()
 
 
 def main(argv):
@@ -117,27 +131,19 @@ def main(argv):
         functions["dense"] = dense
     for name, function in functions.items():
         for mode in ("forward", "forward+backward"):
-            first = None
-            for length in (int(x) for x in _LENGTH.value):
-                arguments = make_inputs(length)
-                if mode == "forward":
-                    seconds, temporary = measure(function, arguments[:-1])
-                else:
-
-                    def gradients(*arguments, function=function):
-                        out, vjp = jax.vjp(function, *arguments[:-1])
-                        return out, vjp(arguments[-1])
-
-                    seconds, temporary = measure(gradients, arguments)
-                first = first or (seconds, temporary)
+            lengths = [int(x) for x in _LENGTH.value]
+            programs = [compile_mode(function, mode, length) for length in lengths]
+            memory = [x.memory_analysis().temp_size_in_bytes for x, _ in programs]
+            seconds = fastest(programs)
+            for i, length in enumerate(lengths):
                 row = {
                     "attention": name,
                     "mode": mode,
                     "length": length,
-                    "ms": round(1e3 * seconds, 3),
-                    "temporary_MiB": round(temporary / 2**20, 1),
-                    "time_ratio": round(seconds / first[0], 2),
-                    "memory_ratio": round(temporary / first[1], 2),
+                    "ms": round(1e3 * seconds[i], 3),
+                    "temporary_MiB": round(memory[i] / 2**20, 1),
+                    "time_ratio": round(seconds[i] / seconds[0], 2),
+                    "memory_ratio": round(memory[i] / memory[0], 2) if memory[0] else None,
                 }
                 print(json.dumps(row), flush=True)
 

@@ -11,11 +11,11 @@ Seen on one NVIDIA H200 (jax 0.11.2, implementation "xla", one run each, 200 ste
 with --config.train.steps=200, median over steps 100 to 195):
 
     attention     ms per step   tokens/s   peak device memory   held-out loss at step 200
-    sparsek               521     62,900            23.9 GiB                  4.53 nats
-    dense (cuDNN)         260    126,300            23.2 GiB                  4.97 nats
+    sparsek               572     57,300            24.0 GiB                  4.53 nats
+    dense (cuDNN)         261    125,500            23.2 GiB                  4.93 nats
 
 Both ran on the same card, one stepping at a time. "xla" is the portable implementation;
-at this length cuDNN's dense attention is still faster. At that rate all 2,000 steps take about 17
+at this length cuDNN's dense attention is still faster. At that rate all 2,000 steps take about 19
 minutes with sparsek. --config.model.remat=full trades time for memory.
 """
 

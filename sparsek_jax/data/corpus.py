@@ -112,13 +112,13 @@ def prepare(config: ml_collections.ConfigDict) -> Corpus:
     if not directory.exists():
         try:
             root.mkdir(parents=True, exist_ok=True)
+            with _locked(root / f"{name}.lock"):
+                if not directory.exists():
+                    _write(directory, source, config)
         except OSError as error:
             raise ValueError(
-                f"data.root={config.root!r}: {error.strerror}; expected a directory to write to"
+                f"data.root={config.root!r}: {error}; expected a directory to write to"
             ) from error
-        with _locked(root / f"{name}.lock"):
-            if not directory.exists():
-                _write(directory, source, config)
     return Corpus(
         directory,
         description=source.description,

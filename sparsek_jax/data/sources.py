@@ -84,7 +84,7 @@ class FileSource:
         self.description = description
         self._files: list[tuple[str, Path, bytes]] = []
         skipped = []
-        for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        for name, path in sorted((_name(path.relative_to(root)), path) for path in paths):
             if max_documents and len(self._files) == max_documents:
                 break
             if path.exists() and not path.is_file():
@@ -209,6 +209,11 @@ class TfdsSource:
 def content_digest(content: bytes) -> bytes:
     """Returns the 16-byte hash by which documents are compared and split."""
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _name(path: Path) -> str:
+    """A path as text; bytes that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path.as_posix()).decode(errors="replace")
 
 
 def _stdlib_source(config: ml_collections.ConfigDict) -> FileSource:

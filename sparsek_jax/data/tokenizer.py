@@ -34,12 +34,14 @@ class Tokenizer(Protocol):
         document's ids it is the document's length in bytes, exactly for byte-level tokenizers
         without a normaliser; for SentencePiece-style ones the added leading space counts too, and
         for WordPiece the dropped spaces do not.
+      exact_bytes: whether `byte_lengths` is exact in that sense.
     """
 
     vocab_size: int
     bos_id: int
     eos_id: int
     byte_lengths: Int32[np.ndarray, " vocab"]
+    exact_bytes: bool
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """Returns the ids of `text`, never a special token, even if `text` spells one."""
@@ -58,6 +60,7 @@ class ByteTokenizer:
         self.bos_id, self.eos_id, self.vocab_size = 256, 257, 258
         self.byte_lengths = np.ones(self.vocab_size, np.int32)
         self.byte_lengths[256:] = 0
+        self.exact_bytes = True
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """See `Tokenizer.encode`."""
@@ -111,17 +114,33 @@ class HuggingFaceTokenizer:
             )
         bos = next((t for t in (named.get("bos_token"), *_KNOWN_BOS) if t in vocab), eos)
         self.eos_id, self.bos_id = vocab[eos], vocab[bos]
-        self.byte_lengths = _byte_lengths(json.loads(tokenizer.to_str()), vocab, self.vocab_size)
+        config = json.loads(tokenizer.to_str())
+        self.byte_lengths = _byte_lengths(config, vocab, self.vocab_size)
         self.byte_lengths[[self.bos_id, self.eos_id]] = 0
+        self.exact_bytes = _is_byte_level(config) and config.get("normalizer") is None
+        # After the first character of what is spelled like bos or eos.
+        self._inside_special = re.compile(
+            "|".join(rf"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in {bos, eos})
+        )
 
     def encode(self, text: str) -> Int32[np.ndarray, " n"]:
         """See `Tokenizer.encode`."""
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
         """See `Tokenizer.encode_batch`; uses all cores."""
+        return [self._without_specials(*pair) for pair in zip(texts, self._ids(texts), strict=True)]
+
+    def _ids(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+
+    def _without_specials(self, text: str, ids: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " m"]:
+        """The ids of a text; bos and eos, which a model may hold as pieces, are spelled out."""
+        if not np.isin(ids, [self.bos_id, self.eos_id]).any():
+            return ids
+        ids = np.concatenate(self._ids(self._inside_special.split(text)))
+        return ids[~np.isin(ids, [self.bos_id, self.eos_id])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """See `Tokenizer.decode`."""
@@ -192,7 +211,10 @@ def _named_specials(path: Path) -> dict[str, str]:
     config_path = path.with_name("tokenizer_config.json")
     if not config_path.is_file():
         return {}
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config_path}: {error}; expected JSON, or no such file") from error
     named = {}
     for field in ("bos_token", "eos_token"):
         token = config.get(field)
@@ -201,11 +223,15 @@ def _named_specials(path: Path) -> dict[str, str]:
     return named
 
 
+def _is_byte_level(config: dict) -> bool:
+    stages = json.dumps([config.get("pre_tokenizer"), config.get("decoder")])
+    return '"type": "ByteLevel"' in stages
+
+
 def _byte_lengths(
     config: dict, vocab: dict[str, int], vocab_size: int
 ) -> Int32[np.ndarray, " vocab"]:
-    stages = json.dumps([config.get("pre_tokenizer"), config.get("decoder")])
-    byte_level = '"type": "ByteLevel"' in stages
+    byte_level = _is_byte_level(config)
     byte_fallback = config["model"].get("byte_fallback", False)
     continuation = config["model"].get("continuing_subword_prefix") or ""
     added = {token["id"]: token for token in config["added_tokens"]}

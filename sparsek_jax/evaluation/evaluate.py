@@ -23,9 +23,10 @@ from sparsek_jax.evaluation.gates import GateTally, LayerGates, gate_sums
 from sparsek_jax.evaluation.perplexity import HeldOutLoss, LossTally, bucket_edges
 from sparsek_jax.evaluation.settings import Settings, evaluation_settings
 from sparsek_jax.nn import AttentionConfig
-from sparsek_jax.training.checkpoint import load_config, restore_model
+from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
+from sparsek_jax.training.workdir import check_same_corpus, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ def evaluate(
     config = settings.config
     try:
         corpus = _open_corpus(settings, load_config(workdir))
+        if not settings.new_corpus:
+            check_same_corpus(corpus, Path(workdir))
         model_config = decoder_config(config, corpus.tokenizer.vocab_size)
         model, step = restore_model(workdir, model_config, step=step)
         batches = validation_batches(corpus, config.data, batch_size=config.eval.batch_size)
@@ -115,6 +118,8 @@ def evaluate(
     notes = settings.notes()
     if count < len(batches):
         notes.append(f"eval.batches={count}: only the first of {len(batches):,} batches were read.")
+        if not corpus.tokenizer.exact_bytes:
+            notes.append("Bytes are estimated: this tokenizer does not keep every byte of a text.")
     for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
         arrays = jax.device_put({name: batch[name] for name in LOSS_FIELDS}, rows)
         nats, sums = jax.device_get(measure(params, arrays))
@@ -129,7 +134,7 @@ def evaluate(
         corpus=corpus.description,
         attention=model_config.attention,
         config=config,
-        loss=loss.result(),
+        loss=loss.result(corpus.splits["validation"].num_bytes if count == len(batches) else None),
         gates=gates.result(),
     )
 

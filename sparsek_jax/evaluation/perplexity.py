@@ -41,7 +41,7 @@ class HeldOutLoss:
     Attributes:
       documents: Documents with at least one target.
       tokens: Targets, ends of documents included.
-      bytes: UTF-8 bytes that the targets stand for.
+      bytes: UTF-8 bytes of the text.
       nats_per_token: Mean loss.
       standard_error: Of `nats_per_token`, documents being the independent draws.
       perplexity: exp(nats_per_token).
@@ -114,8 +114,11 @@ class LossTally:
         self._tokens += np.bincount(cell, minlength=size).reshape(self._nats.shape)
         self._bytes += int(self._byte_lengths[batch["targets"][counted]].sum(dtype=np.int64))
 
-    def result(self) -> HeldOutLoss:
+    def result(self, num_bytes: int | None = None) -> HeldOutLoss:
         """Returns the losses of everything counted so far.
+
+        Args:
+          num_bytes: UTF-8 bytes of the text that was counted; None: what its tokens stand for.
 
         Raises:
           ValueError: Nothing was counted.
@@ -130,16 +133,17 @@ class LossTally:
             count = int(self._tokens[:, i].sum())
             buckets.append(Bucket(int(start), int(stop), count, bucket_mean, bucket_error))
         bits = float(nats.sum()) / math.log(2)
+        num_bytes = self._bytes if num_bytes is None else num_bytes
         with np.errstate(over="ignore"):
             perplexity = float(np.exp(mean))
         return HeldOutLoss(
             documents=int((tokens > 0).sum()),
             tokens=int(tokens.sum()),
-            bytes=self._bytes,
+            bytes=num_bytes,
             nats_per_token=mean,
             standard_error=standard_error,
             perplexity=perplexity,
-            bits_per_byte=bits / self._bytes if self._bytes else math.nan,
+            bits_per_byte=bits / num_bytes if num_bytes else math.nan,
             buckets=tuple(buckets),
         )
 

@@ -19,7 +19,7 @@ from sparsek_jax.evaluation.evaluate import Evaluation
 from sparsek_jax.evaluation.gates import MEANINGS, LayerGates
 from sparsek_jax.evaluation.perplexity import Bucket
 from sparsek_jax.nn import AttentionConfig
-from sparsek_jax.training.checkpoint import write_json
+from sparsek_jax.training.workdir import write_json
 
 
 def print_report(evaluation: Evaluation, console: Console | None = None) -> None:

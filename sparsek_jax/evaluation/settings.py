@@ -44,6 +44,11 @@ class Settings:
         """Whether the text is another than the run's, whose tokenizer must then be used."""
         return any(f"data.{name}" in self.changes for name in (*_SOURCE, "max_documents"))
 
+    @property
+    def new_corpus(self) -> bool:
+        """Whether the text, its tokens or its split into documents held out are not the run's."""
+        return any(f"data.{name}" in self.changes for name in _CORPUS)
+
     def label(self, corpus_name: str) -> str:
         """File name that differs between evaluations of one run that can differ in their result.
 
@@ -57,7 +62,7 @@ class Settings:
             for field in fields
             if field in self.changes
         ]
-        if any(f"data.{name}" in self.changes for name in _CORPUS):
+        if self.new_corpus:
             parts.append(corpus_name)
         return re.sub(r"[^\w.+=-]", "-", ",".join(parts).replace(",", "_"))
 

@@ -1,20 +1,21 @@
 """Checkpoints that are verified before they are trusted.
 
-A run's directory holds `config.json`, `checkpoints/<step>/` (written by orbax, atomically) and
+A run's directory holds `checkpoints/<step>/` (written by orbax, atomically) and
 `manifests/<step>.json` with the SHA-256 of every file of that step, because orbax restores a file
 with a flipped bit without notice. A step that fails its manifest is moved to `corrupt/`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
@@ -23,37 +24,11 @@ from jax.experimental import multihost_utils
 
 from sparsek_jax import nn
 from sparsek_jax.training.parameters import Params, define
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def save_config(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
-    """Writes a run's full configuration to its `config.json`."""
-    write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
-
-
-def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads the configuration that a run was last started or resumed with.
-
-    Raises:
-      FileNotFoundError: The directory holds no run.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"workdir={str(workdir)!r} holds no run (no config.json); train one first: "
-            f"python train.py --config=CONFIG --workdir={workdir}"
-        )
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+from sparsek_jax.training.workdir import write_json
 
 
 class CheckpointError(RuntimeError):
-    """A run has checkpoints, but none that can be trusted."""
+    """A checkpoint cannot be written, or none can be trusted."""
 
 
 class Checkpoints:
@@ -71,17 +46,20 @@ class Checkpoints:
     def save(
         self, step: int, params: Params, optimizer: Any, iterator: grain.DatasetIterator
     ) -> None:
-        """Starts writing a step in the background; does nothing if it is already there."""
+        """Starts writing a step in the background; does nothing if it is already there.
+
+        Raises:
+          CheckpointError: This step, or the one started before, cannot be written.
+        """
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
-                data=CheckpointSave(iterator),
-            ),
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            optimizer=ocp.args.StandardSave(optimizer),
+            data=CheckpointSave(iterator),
         )
+        with self._write_errors():
+            self._manager.save(step, args=args)
         self._unsealed.append(step)
 
     def seal(self) -> bool:
@@ -97,7 +75,7 @@ class Checkpoints:
                 kept = set(self._manager.all_steps())
                 for step in kept.intersection(self._unsealed):
                     digests = _digests(_step_directory(self._workdir, step))
-                    write_json(self._manifests / f"{step}.json", digests)
+                    write_json(self._manifest(step), digests)
                 for path in self._manifests.glob("*.json"):
                     if int(path.stem) not in kept:
                         path.unlink()
@@ -105,14 +83,33 @@ class Checkpoints:
         return ready
 
     def wait(self) -> None:
-        """Returns when every started checkpoint is on disk and sealed."""
-        self._manager.wait_until_finished()
+        """Returns when every started checkpoint is on disk and sealed.
+
+        Raises:
+          CheckpointError: One cannot be written.
+        """
+        with self._write_errors():
+            self._manager.wait_until_finished()
         self.seal()
 
     def close(self) -> None:
         """Waits, then releases the manager."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and tensorstore raise many types.
+            self._unsealed.clear()
+            kept = sorted(self._manager.all_steps())
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self._workdir / 'checkpoints'}: {error}. "
+                + (f"The same command resumes from step {kept[-1]}" if kept else "None was before")
+            ) from error
 
     def restore(
         self, params: Any, optimizer: Any, iterator: grain.DatasetIterator
@@ -128,7 +125,7 @@ class Checkpoints:
           Step, parameters and optimizer state, or None if the run has no checkpoint.
 
         Raises:
-          CheckpointError: Checkpoints exist but none is intact.
+          CheckpointError: Checkpoints exist, or were there once, but none is intact.
         """
 
         def read(step):
@@ -140,12 +137,23 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
             return restored["params"], restored["optimizer"]
 
-        found = _newest_intact(self._workdir, self._manager.all_steps(), read)
+        found = _newest_intact(self._workdir, read)
         if found is None:
+            lost = sorted(int(path.stem) for path in self._manifests.glob("*.json"))
+            if lost:
+                raise CheckpointError(
+                    f"workdir={str(self._workdir)!r} had checkpoints of the steps {lost}, but "
+                    "holds none; put them back, or start again in another --workdir"
+                )
             return None
         step, (params, optimizer) = found
+        if not self._manifest(step).exists():
+            self._unsealed.append(step)
         self._quarantine_after(step)
         return step, params, optimizer
+
+    def _manifest(self, step: int) -> Path:
+        return _manifest(self._workdir, step)
 
     def _quarantine_after(self, step: int) -> None:
         """Moves the broken steps out of the way of the ones that will be written anew."""
@@ -156,7 +164,7 @@ class Checkpoints:
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(_step_directory(self._workdir, broken), target)
-                (self._manifests / f"{broken}.json").unlink(missing_ok=True)
+                self._manifest(broken).unlink(missing_ok=True)
                 logging.warning("moved the damaged checkpoint of step %d to %s", broken, target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are moved")
@@ -191,13 +199,11 @@ def restore_model(
         )
     definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    steps = ocp.utils.checkpoint_steps(workdir / "checkpoints")
-    if step is not None:
-        if step not in steps:
-            raise FileNotFoundError(
-                f"step={step} is not in workdir={str(workdir)!r}; expected one of {sorted(steps)}"
-            )
-        steps = [step]
+    if step is not None and step not in _steps(workdir):
+        raise FileNotFoundError(
+            f"step={step} is not in workdir={str(workdir)!r}; expected one of "
+            f"{sorted(_steps(workdir))}"
+        )
     handler = ocp.StandardCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
 
@@ -211,7 +217,7 @@ def restore_model(
             }
             return checkpointer.restore(path, ocp.args.StandardRestore(target))
 
-        found = _newest_intact(workdir, steps, read)
+        found = _newest_intact(workdir, read, only=step)
     if found is None:
         raise FileNotFoundError(
             f"workdir={str(workdir)!r} holds no checkpoint; train first: "
@@ -236,23 +242,42 @@ def _step_directory(workdir: Path, step: int) -> Path:
     return workdir / "checkpoints" / str(step)
 
 
-def _newest_intact(workdir, steps, read):
+def _manifest(workdir: Path, step: int) -> Path:
+    return workdir / "manifests" / f"{step}.json"
+
+
+def _steps(workdir: Path) -> Sequence[int]:
+    return ocp.utils.checkpoint_steps(workdir / "checkpoints")
+
+
+def _newest_intact(
+    workdir: Path, read: Callable[[int], Any], *, only: int | None = None
+) -> tuple[int, Any] | None:
     """Reads the newest step whose files equal its manifest: `(step, read(step))` or None."""
-    steps = sorted(steps, reverse=True)
-    for step in steps:
+    tried = set()
+    while untried := {only} - tried if only is not None else set(_steps(workdir)) - tried:
+        step = max(untried)
+        tried.add(step)
         damage = _damage(workdir, step)
         if damage is None:
             try:
                 return step, read(step)
             except Exception as error:  # Orbax and tensorstore raise many types.
-                if (workdir / "manifests" / f"{step}.json").exists():
+                damage = _damage(workdir, step)
+                if damage is None and _manifest(workdir, step).exists():
                     # Its files are as written: the caller's expectations are wrong, not the files.
                     raise
-                damage = f"it cannot be read ({error})"
+                damage = damage or f"it cannot be read ({error})"
+        if not _step_directory(workdir, step).exists():
+            # A training run that goes on at the same time has deleted it, and written a newer one.
+            tried.remove(step)
+            if only is not None:
+                break
+            continue
         logging.warning("the checkpoint of step %d in %s is damaged: %s", step, workdir, damage)
-    if steps:
+    if tried:
         raise CheckpointError(
-            f"no checkpoint in workdir={str(workdir)!r} is intact; tried steps {steps}. "
+            f"no checkpoint in workdir={str(workdir)!r} is intact; tried steps {sorted(tried)}. "
             "Start again in another --workdir"
         )
     return None
@@ -260,15 +285,20 @@ def _newest_intact(workdir, steps, read):
 
 def _damage(workdir: Path, step: int) -> str | None:
     """What is wrong with the files of a step; None if nothing is, or if it was never sealed."""
-    path = workdir / "manifests" / f"{step}.json"
+    path = _manifest(workdir, step)
     if not path.exists():
         logging.warning("the checkpoint of step %d has no manifest: not verified", step)
         return None
     try:
         expected = json.loads(path.read_text())
     except ValueError:
-        return f"its manifest {path} is not JSON"
-    actual = _digests(_step_directory(workdir, step))
+        expected = None
+    if not isinstance(expected, dict) or not expected:
+        return f"its manifest {path} is damaged"
+    try:
+        actual = _digests(_step_directory(workdir, step))
+    except OSError as error:
+        return f"it cannot be read ({error})"
     changed = sorted(name for name in expected if actual.get(name) != expected[name])
     return f"{changed[0]} is missing or differs from what was written" if changed else None
 

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from sparsek_jax.training.checkpoint import CheckpointError
 from sparsek_jax.training.config import ConfigError, default_config
@@ -15,27 +15,30 @@ from sparsek_jax.training.trainer import TrainingDivergedError
 def run(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main` and exits.
 
-    The status is 2 after a mistake of the user's: a mistyped or impossible `--config` field (the
-    message suggests the nearest), a missing file, and whatever else raises `ConfigError` or
-    `FileNotFoundError`. It is 1 if training diverged or no checkpoint is intact.
+    The status is 2 after a mistake of the user's: a mistyped or impossible flag or `--config` field
+    (the message suggests the nearest), a recipe that cannot be read, a missing file, and whatever
+    else raises `ConfigError` or `OSError`. It is 1 if training diverged or a checkpoint cannot be
+    read or written.
     """
+    app.define_help_flags()
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     _check_field_names(sys.argv[1:])
     try:
-        argv = app.parse_flags_with_usage(sys.argv)
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        # KeyError prints its argument quoted.
-        _fail(error.args[0] if isinstance(error, KeyError) and error.args else error, status=2)
-    if len(argv) > 1:
+        arguments = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        _fail(error, status=2)
+    except Exception as error:  # A recipe is a program: whatever it raises.
+        _fail(f"--config cannot be read: {_innermost(error)}", status=2)
+    if len(arguments) > 1:
         _fail(
-            f"unexpected argument {argv[1]!r}; expected --flag=value, with patterns in quotes "
+            f"unexpected argument {arguments[1]!r}; expected --flag=value, with patterns in quotes "
             "(--config.data.glob='texts/*.txt')",
             status=2,
         )
     try:
         main()
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, OSError) as error:
         _fail(error, status=2)
     except (TrainingDivergedError, CheckpointError) as error:
         _fail(error, status=1)
@@ -57,6 +60,15 @@ def _check_field_names(arguments: list[str]) -> None:
             _fail(f"config.{match[1]} is not a field of the configuration{hint}", status=2)
 
 
+def _innermost(error: BaseException) -> str:
+    """The message of an error that others were made from, with the error's name."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    # KeyError prints its argument quoted.
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return f"{type(error).__name__}: {message}"
+
+
 def _fail(message: object, *, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(status)

@@ -240,14 +240,14 @@ def _get(config: ml_collections.ConfigDict, field: str) -> Any:
 
 def _at_least(config: ml_collections.ConfigDict, field: str, minimum: float) -> None:
     value = _get(config, field)
-    if not value >= minimum:
-        raise ConfigError(f"{field}={value!r}; expected at least {minimum}")
+    if not minimum <= value < math.inf:
+        raise ConfigError(f"{field}={value!r}; expected a finite number of at least {minimum}")
 
 
 def _positive(config: ml_collections.ConfigDict, field: str) -> None:
     value = _get(config, field)
-    if not value > 0:
-        raise ConfigError(f"{field}={value!r}; expected a number above 0")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{field}={value!r}; expected a finite number above 0")
 
 
 def _within(

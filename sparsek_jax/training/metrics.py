@@ -20,11 +20,11 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = []
-            for line in self._path.read_text().splitlines():
+            for line in self._path.read_text(errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] < first_step:
                         kept.append(line + "\n")
-                except ValueError:
+                except (ValueError, TypeError, KeyError):
                     continue  # Half a line: the process was killed while writing it.
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text("".join(kept))

@@ -38,6 +38,7 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
         weight_decay=optimizer.weight_decay,
         mask=is_matrix,
     )
-    if optimizer.clip_norm == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), adamw)
+    # Both have the same (empty) state, so that a run may resume with the other.
+    no_clip = optimizer.clip_norm == 0
+    clip = optax.identity() if no_clip else optax.clip_by_global_norm(optimizer.clip_norm)
+    return optax.chain(clip, adamw)

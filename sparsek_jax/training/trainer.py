@@ -27,21 +27,14 @@ from jaxtyping import Array, Float32
 from sparsek_jax import nn
 from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
 from sparsek_jax.training import sharding
-from sparsek_jax.training.checkpoint import Checkpoints, load_config, save_config, write_json
+from sparsek_jax.training.checkpoint import Checkpoints
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, split
-
-# What a run may not change when it resumes: the model, and the order of its data.
-_FIXED_SECTIONS = ("model", "attention", "data")
-_FIXED_FIELDS = ("seed", "train.batch_size")
-_FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
-
-# Names the prepared corpus, and with it the content of the text, that the run was started with.
-_CORPUS_FILE = "corpus.json"
+from sparsek_jax.training.workdir import check_same_corpus, check_same_run, save_run
 
 
 class TrainingDivergedError(RuntimeError):
@@ -82,19 +75,21 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
     """
     workdir = Path(workdir)
     validate_config(config, jax.device_count(), jax.process_count())
-    _check_same_run(config, workdir)
+    check_same_run(config, workdir)
     try:
         corpus = prepare(config.data)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    _check_same_corpus(corpus, workdir)
+    check_same_corpus(corpus, workdir)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
-        save_config(workdir, config)
-        write_json(workdir / _CORPUS_FILE, {"name": corpus.directory.name})
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"workdir={str(workdir)!r}: {error.strerror}; expected a directory to write to"
+        ) from error
     log_run(config, corpus, definition)
 
     mesh = sharding.make_mesh(mesh_shape(config, jax.device_count()))
@@ -107,31 +102,31 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
     iterator = train_iterator(corpus, config.data, seed=config.seed, **processes)
     held_out = validation_batches(corpus, config.data, **processes)
 
-    checkpoints = Checkpoints(workdir, keep=config.train.keep)
-    state_shape = jax.eval_shape(functools.partial(_init, config, model_config, optimizer))
+    init = functools.partial(_init, config, model_config, optimizer)
+    state_shape = jax.eval_shape(init)
     shardings = sharding.tree_shardings(state_shape, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, shardings
     )
-    restored = checkpoints.restore(abstract["params"], abstract["optimizer"], iterator)
-    if restored is None:
-        step = 0
-        init = functools.partial(_init, config, model_config, optimizer)
-        state = jax.jit(init, out_shardings=shardings)()
-    else:
-        step, params, optimizer_state = restored
-        if step > config.train.steps:
-            raise ConfigError(
-                f"train.steps={config.train.steps}, but the run in workdir={str(workdir)!r} is "
-                f"already at step {step}; expected at least that"
-            )
-        state = {"params": params, "optimizer": optimizer_state}
-        print(f"resuming from step {step} of {workdir}", flush=True)
-
-    run = _Run(config, workdir, corpus, definition, mesh, optimizer, shardings)
-    with _stop_signals(config.train.log_every) as stop:
-        state, step = run.loop(state, step, iterator, held_out, checkpoints, stop)
-    checkpoints.close()
+    # Whatever ends the run, the checkpoint that is being written gets finished.
+    with contextlib.closing(Checkpoints(workdir, keep=config.train.keep)) as checkpoints:
+        restored = checkpoints.restore(abstract["params"], abstract["optimizer"], iterator)
+        if restored is None:
+            step, state = 0, jax.jit(init, out_shardings=shardings)()
+        else:
+            step, params, optimizer_state = restored
+            if step > config.train.steps:
+                raise ConfigError(
+                    f"train.steps={config.train.steps}, but the run in workdir={str(workdir)!r} "
+                    f"is already at step {step}; expected at least that"
+                )
+            state = {"params": params, "optimizer": optimizer_state}
+            print(f"resuming from step {step} of {workdir}", flush=True)
+        if jax.process_index() == 0:
+            save_run(workdir, config, corpus)
+        run = _Run(config, workdir, corpus, definition, mesh, optimizer, shardings)
+        with _stop_signals(config.train.log_every) as stop:
+            state, step = run.loop(state, step, iterator, held_out, checkpoints, stop)
     model = definition.merge(state["params"])
     return TrainResult(model, corpus, step, finished=step == config.train.steps)
 
@@ -259,9 +254,13 @@ class _Run:
 
     def loop(self, state, step, iterator, held_out, checkpoints, stop):
         """Runs to the last step or to a signal; returns the state and the step reached."""
+        if jax.process_index():
+            return self._loop(state, step, iterator, held_out, checkpoints, stop, None)
+        with contextlib.closing(MetricsWriter(self.workdir, first_step=step + 1)) as writer:
+            return self._loop(state, step, iterator, held_out, checkpoints, stop, writer)
+
+    def _loop(self, state, step, iterator, held_out, checkpoints, stop, writer):
         config = self.config.train
-        is_writer = jax.process_index() == 0
-        writer = MetricsWriter(self.workdir, first_step=step + 1) if is_writer else None
         log = _Log(self, writer)
         pending = None
         while step < config.steps and not stop(step):
@@ -275,14 +274,17 @@ class _Run:
             if checkpoints.seal():
                 log.timer.pause()
             at_end = step == config.steps
-            if at_end or (config.eval_every and step % config.eval_every == 0):
+            validates = at_end or (config.eval_every and step % config.eval_every == 0)
+            saves = at_end or step % config.checkpoint_every == 0
+            if validates or saves:
+                # A full queue makes dispatch itself wait, so that metrics read behind a dispatch
+                # come later than these: the time between the two is not one step's.
+                log.timer.pause()
                 log.arrived(*pending)
                 pending = None
+            if validates:
                 log.validation(step, self._validate(state["params"], held_out))
-            if at_end or step % config.checkpoint_every == 0:
-                if pending:
-                    log.arrived(*pending)
-                    pending = None
+            if saves:
                 checkpoints.save(step, state["params"], state["optimizer"], iterator)
                 log.timer.pause()
         if pending:
@@ -295,8 +297,6 @@ class _Run:
                 f"{self.workdir}. The same command resumes from there.",
                 flush=True,
             )
-        if writer:
-            writer.close()
         return state, step
 
     def _to_devices(self, batch):
@@ -462,42 +462,3 @@ def log_run(config: ml_collections.ConfigDict, corpus: Corpus, definition: Model
     )
     print(f"parameters: {sum(sizes.values()):,}, of which scoring network {scorer:,}")
     print(config, flush=True)
-
-
-def _check_same_run(config, workdir):
-    """Raises if `workdir` holds a run that this configuration cannot continue."""
-    if not (workdir / "config.json").exists():
-        return
-    saved = load_config(workdir)
-    fields = [
-        f"{section}.{name}" for section in _FIXED_SECTIONS for name in config[section]
-    ] + list(_FIXED_FIELDS)
-    for field in fields:
-        if field in _FREE_FIELDS:
-            continue
-        old, new = (_lookup(json.loads(c.to_json()), field) for c in (saved, config))
-        if old != new:
-            raise ConfigError(
-                f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
-                f"{old!r}; expected the same value, or another --workdir"
-            )
-
-
-def _check_same_corpus(corpus, workdir):
-    """Raises if the text behind unchanged data fields is not the one that the run began with."""
-    path = workdir / _CORPUS_FILE
-    if not path.exists():
-        return
-    name = json.loads(path.read_text())["name"]
-    if corpus.directory.name != name:
-        raise ConfigError(
-            f"the text that config.data describes is now {corpus.directory.name}, but the run in "
-            f"workdir={str(workdir)!r} was started with {name}: files were changed, added or "
-            "removed; expected the same text, or another --workdir"
-        )
-
-
-def _lookup(config, field):
-    for name in field.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return config

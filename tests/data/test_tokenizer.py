@@ -131,6 +131,20 @@ def test_eos_stands_in_for_a_missing_bos(tmp_path):
     assert loaded.byte_lengths.tolist() == [1, 1, 0, 4]
 
 
+def test_a_piece_spelled_like_eos_does_not_end_a_document(tmp_path):
+    """A Unigram model holds its special tokens as pieces, too."""
+    pieces = [("<unk>", 0.0), ("<s>", -1.0), ("</s>", -1.0)]
+    pieces += [(letter, -2.0) for letter in "ab </s>"]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert (loaded.bos_id, loaded.eos_id) == (1, 2)
+    text = "a </s> b<s>"
+    ids = loaded.encode(text)
+    assert not {1, 2}.intersection(ids.tolist())
+    assert "".join(pieces[i][0] for i in ids) == text
+
+
 def test_file_that_is_no_tokenizer(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")

@@ -91,6 +91,17 @@ def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run):
     assert evaluation.label == f"sparsek_{prepare(config.data).directory.name}"
 
 
+def test_text_that_has_changed_is_refused(run):
+    """Other documents would be held out: some that the run was trained on."""
+    extra = run.workdir.parent / "text" / "99.txt"
+    extra.write_text("one more document")
+    try:
+        with pytest.raises(ConfigError, match="files were changed, added or removed"):
+            evaluate(run.config, run.workdir)
+    finally:
+        extra.unlink()
+
+
 def test_errors_say_what_to_do(tmp_path, run):
     with pytest.raises(FileNotFoundError, match="train"):
         evaluate(run.config, tmp_path / "none")

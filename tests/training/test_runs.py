@@ -1,6 +1,8 @@
 """What a user does to a run: starts it, stops it, kills it, resumes it, breaks its files."""
 
+import shutil
 import signal
+import socket
 import subprocess
 
 import numpy as np
@@ -8,9 +10,10 @@ import pytest
 from flax import nnx
 
 from sparsek_jax import nn
-from sparsek_jax.training.checkpoint import load_config, restore_model
+from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import decoder_config
 from sparsek_jax.training.parameters import split
+from sparsek_jax.training.workdir import load_config
 from tests.training.helpers import ROOT, command, environment, losses, run, write_corpus
 
 VOCAB = 258
@@ -171,10 +174,106 @@ def test_mistakes_fail_before_anything_is_written(override, message, corpus, tmp
     assert not (tmp_path / "run").exists()
 
 
-def test_another_run_in_the_directory_is_refused(straight, corpus):
-    result = run(straight[0], corpus, "model.d_model=64")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--wokdir=x", "Unknown command line flag 'wokdir'"),
+        ("--config=configs/tiny_tst.py", "configs/tiny_tst.py"),
+        ("--config.train.steps=abc", "config.train.steps"),
+        ("--workdir=", "workdir"),
+        ("texts/b.txt", "unexpected argument 'texts/b.txt'"),
+    ],
+)
+def test_mistyped_commands_are_one_line(argument, message, corpus, tmp_path):
+    result = subprocess.run(
+        [*command(tmp_path / "run", corpus), argument],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_cannot_be_is_named(corpus, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run(tmp_path / "file" / "run", corpus)
     assert result.returncode == 2
-    assert "model.d_model=64, but the run in workdir=" in result.stderr
+    assert f"workdir='{tmp_path}/file/run': Not a directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_model=64", "model.d_model=64, but the run in workdir="),
+        ("train.steps=6", "already at step 12"),
+    ],
+)
+def test_another_run_in_the_directory_is_refused_and_stays(override, message, straight, corpus):
+    before = (straight[0] / "config.json").read_text()
+    result = run(straight[0], corpus, override)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert (straight[0] / "config.json").read_text() == before
+
+
+def test_a_run_without_its_checkpoints_does_not_begin_anew(straight, corpus, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    for directory in (tmp_path / "run" / "checkpoints").iterdir():
+        shutil.rmtree(directory)
+    before = losses(tmp_path / "run")
+    result = run(tmp_path / "run", corpus)
+    assert result.returncode == 1
+    assert "had checkpoints of the steps [4, 8, 12]" in result.stderr
+    assert losses(tmp_path / "run") == before
+
+
+def test_two_processes_train_stop_together_and_resume(corpus, tmp_path):
+    arguments = ("train.steps=8", "optimizer.warmup_steps=1", "train.log_every=2")
+
+    def start(steps_to_signal=None, workdir=tmp_path / "run"):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        processes = [
+            subprocess.Popen(
+                [
+                    *command(workdir, corpus, *arguments),
+                    "--distributed",
+                    f"--coordinator=localhost:{port}",
+                    "--num_processes=2",
+                    f"--process_id={i}",
+                ],
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for i in range(2)
+        ]
+        output = ""
+        for line in processes[0].stdout:
+            output += line
+            if steps_to_signal and line.startswith(f"step {steps_to_signal}/"):
+                processes[1].send_signal(signal.SIGTERM)
+        other, _ = processes[1].communicate()
+        assert [process.wait() for process in processes] == [0, 0], output + other
+        return output
+
+    start(workdir=tmp_path / "straight")
+    assert "stopped at step" in start(steps_to_signal=2)
+    assert "resuming from step" in start()
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+    result = run(tmp_path / "run", corpus, *arguments)
+    assert result.returncode == 2
+    assert "was started with 2" in result.stderr
 
 
 def test_a_run_whose_text_has_changed_is_refused(tmp_path):

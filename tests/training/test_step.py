@@ -128,7 +128,7 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_their_documents(tmp_path, monk
     config.data.glob = f"{tmp_path}/*.txt"
     config.data.root = str(tmp_path / "root")
     config.data.seq_len = 16
-    config.train.update(steps=9, batch_size=2, max_bad_steps=3, eval_every=0)
+    config.train.update(steps=9, batch_size=2, max_bad_steps=3, eval_every=0, checkpoint_every=2)
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " * 9)
     original = trainer._nats
@@ -143,6 +143,8 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_their_documents(tmp_path, monk
     lines = (tmp_path / "run" / "bad_batches.0.jsonl").read_text().splitlines()
     assert len(lines) == 3
     assert ".txt" in lines[0]
+    # The checkpoint that was being written is complete.
+    assert (tmp_path / "run" / "manifests" / "2.json").exists()
 
 
 def test_weight_decay_and_schedule():

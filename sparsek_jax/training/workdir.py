@@ -1,0 +1,121 @@
+"""A run's directory: the configuration and the text that the run was started with.
+
+`config.json` is the whole configuration; `run.json` names the prepared corpus, and with it the
+content of the text, and counts the processes, each of which reads documents of its own.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+
+from sparsek_jax.data import Corpus
+from sparsek_jax.training.config import ConfigError
+
+# What a run may not change when it resumes: the model, and the order of its data.
+_FIXED_SECTIONS = ("model", "attention", "data")
+_FIXED_FIELDS = ("seed", "train.batch_size")
+_FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def save_run(workdir: Path, config: ml_collections.ConfigDict, corpus: Corpus) -> None:
+    """Writes what a run is started or resumed with.
+
+    Args:
+      workdir: The run's directory.
+      config: The run's configuration.
+      corpus: The text that it reads.
+    """
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+    record = {"corpus": corpus.directory.name, "processes": jax.process_count()}
+    write_json(workdir / "run.json", record)
+
+
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads the configuration that a run was last started or resumed with.
+
+    Raises:
+      FileNotFoundError: The directory holds no run.
+      ConfigError: The file is damaged.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no run (no config.json); train one first: "
+            f"python train.py --config=CONFIG --workdir={workdir}"
+        )
+    return ml_collections.ConfigDict(_read_json(path))
+
+
+def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+    """Checks that `config` can continue the run that `workdir` holds, if any.
+
+    Raises:
+      ConfigError: A field is another, or the number of processes is.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    saved = load_config(workdir)
+    fields = [f"{section}.{name}" for section in _FIXED_SECTIONS for name in config[section]]
+    for field in (*fields, *_FIXED_FIELDS):
+        if field in _FREE_FIELDS:
+            continue
+        old, new = (_lookup(json.loads(c.to_json()), field) for c in (saved, config))
+        if old != new:
+            raise ConfigError(
+                f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
+                f"{old!r}; expected the same value, or another --workdir"
+            )
+    processes = _run_record(workdir).get("processes", jax.process_count())
+    if processes != jax.process_count():
+        raise ConfigError(
+            f"this is one of {jax.process_count()} processes, but the run in "
+            f"workdir={str(workdir)!r} was started with {processes}, each of which reads documents "
+            "of its own; expected the same number, or another --workdir"
+        )
+
+
+def check_same_corpus(corpus: Corpus, workdir: Path) -> None:
+    """Checks that the text behind unchanged data fields is the one that the run began with.
+
+    Raises:
+      ConfigError: It is another.
+    """
+    name = _run_record(workdir).get("corpus", corpus.directory.name)
+    if corpus.directory.name != name:
+        raise ConfigError(
+            f"the text that config.data describes is now {corpus.directory.name}, but the run in "
+            f"workdir={str(workdir)!r} was started with {name}: files were changed, added or "
+            "removed; expected the same text, or another --workdir"
+        )
+
+
+def _run_record(workdir: Path) -> dict[str, Any]:
+    path = workdir / "run.json"
+    return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); expected another --workdir") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged (no JSON object); expected another --workdir")
+    return content
+
+
+def _lookup(config: Any, field: str) -> Any:
+    for name in field.split("."):
+        config = config.get(name) if isinstance(config, dict) else None
+    return config
