@@ -46,7 +46,8 @@ def command(workdir, corpus, *overrides):
 
 def environment(devices=1):
     """Variables of a process with that many simulated CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = os.environ.get("XLA_FLAGS", "")
+    flags += f" --xla_force_host_platform_device_count={devices}"
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(_COMPILED),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
