@@ -29,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
 from sparsek_jax.ops.tracing import computed_once, varying_like
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["cutoff_score", "cutoff_index", "tau", "candidates"],
+    data_fields=["cutoff_score", "cutoff_index", "tau", "lifetimes", "candidates"],
     meta_fields=["chunk_size"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Selection:
       cutoff_index: Position of that key; T while the pool holds no more than k keys.
       tau: Threshold of the SparseK projection of the pool's scores; -inf while the pool holds no
         more than k keys.
-      candidates: For the first query of every chunk, the positions of its selected keys, best
-        first, -1 where there are fewer. The list has min(k, T) entries. Within a chunk, any query
+      lifetimes: For every key the first query that does not attend to it any more (`until`), and
+        its place in the lists (`slot`).
+      candidates: For the first query of every chunk, the positions of its selected keys, each at
+        its slot, -1 where there is none. The list has min(k, T) entries. Within a chunk, any query
         of the same document selects from these and from the keys that entered the pool after the
         chunk's first query.
       chunk_size: Queries per chunk.
@@ -60,6 +63,7 @@ class Selection:
     cutoff_score: Float[Array, "B T K"]
     cutoff_index: Int32[Array, "B T K"]
     tau: Float[Array, "B T K"]
+    lifetimes: Lifetimes
     candidates: Int32[Array, "B chunks K k"]
     chunk_size: int
 
@@ -101,22 +105,39 @@ def causal_selection(
     """
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
     length = scores.shape[1]
-    return _select(scores, segment_ids, min(num_selected, length), min(sliding_window, length))
+    k = min(num_selected, length)
+    chunk_size = default_chunk_size(k, length)
+    return select(scores, segment_ids, k, min(sliding_window, length), chunk_size)
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _select(scores, segment_ids, num_selected, sliding_window):
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def select(
+    scores: Float[Array, "B T K"],
+    segment_ids: Int[Array, "B T"] | None,
+    num_selected: int,
+    sliding_window: int,
+    chunk_size: int,
+) -> Selection:
+    """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`."""
     batch, length, _ = scores.shape
     start, end = document_bounds(segment_ids, batch, length)
-    chunk_size = default_chunk_size(num_selected, length)
-    per_head = jax.vmap(
-        functools.partial(_thresholds, num_selected, sliding_window, chunk_size),
-        in_axes=(1, None, None),
-        out_axes=(1, 1, 1, 1),
-    )
+    if length == 0:
+        none = jnp.zeros_like(scores, jnp.int32)
+        lists = jnp.zeros((batch, 0, scores.shape[2], 0), jnp.int32)
+        return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores.astype(jnp.float32)), start)
+
+    def row(scores, start, end):
+        *thresholds, kth = _thresholds(num_selected, sliding_window, scores, start, end)
+        lifetimes = key_lifetimes(kth, start, end, num_selected=num_selected, window=sliding_window)
+        candidates = chunk_lists(
+            lifetimes, num_selected=num_selected, window=sliding_window, chunk_size=chunk_size
+        )
+        return *thresholds, lifetimes, candidates
+
+    per_head = jax.vmap(row, in_axes=(1, None, None), out_axes=1)
     return Selection(*jax.vmap(per_head)(scores, start, end), chunk_size)
 
 
@@ -205,37 +226,15 @@ def first_query(
 # One row: the scores of one sequence and one KV head.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _thresholds(num_selected, window, chunk_size, scores, start, end):
-    """Cutoff score and index and tau `[T]`, and candidates `[chunks, k]`, of one row."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _thresholds(num_selected, window, scores, start, end):
+    """Cutoff score and index, tau, and the k-th key of every pool of at least k, `[T]` each."""
     del end
     (length,) = scores.shape
-    if length == 0:
-        empty = jnp.zeros((0,), jnp.int32)
-        return scores, empty, scores, jnp.zeros((0, 0), jnp.int32)
     stop = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - window + 1, start)
     pool_size = stop - start
 
-    # The k-th key of every query, then the first k keys of every chunk's first query.
-    first = jnp.arange(0, length, chunk_size)
-    listed = jnp.arange(min(num_selected, length), dtype=jnp.int32)
-    list_shape = (len(first), len(listed))
-    listed_start = jnp.broadcast_to(start[first][:, None], list_shape)
-    listed_stop = jnp.broadcast_to(stop[first][:, None], list_shape)
-    exists = listed < listed_stop - listed_start
-    tau, found = _descend(
-        scores,
-        num_selected,
-        (start, stop),
-        (
-            jnp.concatenate([start, listed_start.reshape(-1)]),
-            jnp.concatenate([stop, listed_stop.reshape(-1)]),
-            jnp.concatenate([jnp.full_like(start, num_selected - 1), jnp.tile(listed, len(first))]),
-        ),
-    )
-    kth, listed_key = found[:length], found[length:].reshape(list_shape)
-    candidates = jnp.where(exists, listed_key, -1)
-
+    tau, kth = _descend(scores, num_selected, start, stop)
     everything = pool_size <= num_selected
     cutoff_index = jnp.where(everything, length, kth)
     bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), dtype=jnp.int32), (1, 0))
@@ -244,7 +243,7 @@ def _thresholds(num_selected, window, chunk_size, scores, start, end):
     # Exact thresholds rise already. The maximum removes the last bit's noise, so that the queries
     # for which a key is interior are one interval to the bit.
     tau = _running(jnp.maximum, jnp.where(everything, -jnp.inf, tau) + poison, start)
-    return cutoff_score, cutoff_index, tau, candidates
+    return cutoff_score, cutoff_index, tau, kth
 
 
 def _running(
@@ -274,19 +273,18 @@ def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], 
     )
 
 
-def _descend(scores, num_selected, tau_range, quantile):
+def _descend(scores, num_selected, start, stop):
     """Walks the wavelet matrix of the breakpoints for all queries at once.
 
     Args:
       scores: `[T]`.
       num_selected: k.
-      tau_range: `(start, stop)`, each `[Q]`: ranges of keys whose tau is wanted.
-      quantile: `(start, stop, i)`, each `[R]`: ranges of keys whose i-th key (from 0) in the
-        selection order is wanted.
+      start: `[T]`: first key of every query's pool.
+      stop: `[T]`: position after the last key of every query's pool.
 
     Returns:
-      tau `[Q]`, meaningless where the range holds no more than k keys, and key positions `[R]`,
-      meaningless where the range holds no more than i keys.
+      tau `[T]`, meaningless where the pool holds no more than k keys, and the position of the k-th
+      key in the selection order `[T]`, meaningless where the pool holds fewer.
     """
     (length,) = scores.shape
     size = 2 * length
@@ -362,14 +360,13 @@ def _descend(scores, num_selected, tau_range, quantile):
         carried = excess_high + (excess_low >> bits)
         return (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
 
-    t_begin, t_end = (2 * x for x in tau_range)
-    q_begin, q_end = (2 * x for x in quantile[:2])
+    begin, end, none = 2 * start, 2 * stop, jnp.zeros_like(start)
     state = (
         ranks_by_position,
-        (t_begin, t_end, jnp.zeros_like(t_begin), jnp.zeros((len(t_begin), 3), jnp.int32)),
-        (q_begin, q_end, jnp.zeros_like(q_begin), quantile[2]),
+        (begin, end, none, jnp.zeros((length, 3), jnp.int32)),
+        (begin, end, none, jnp.full_like(start, num_selected - 1)),
     )
-    state = jax.tree.map(lambda x: varying_like(x, scores, *tau_range), state)
+    state = jax.tree.map(lambda x: varying_like(x, scores, start, stop), state)
     _, (t_begin, t_end, t_node, t_sums), (_, _, q_node, _) = jax.lax.fori_loop(
         0, levels, step, state
     )
@@ -383,24 +380,22 @@ def _descend(scores, num_selected, tau_range, quantile):
     return tau, order[jnp.minimum(q_node, size - 1)] // 2
 
 
-def _thresholds_fwd(num_selected, window, chunk_size, scores, start, end):
-    outputs = _thresholds(num_selected, window, chunk_size, scores, start, end)
+def _thresholds_fwd(num_selected, window, scores, start, end):
+    outputs = _thresholds(num_selected, window, scores, start, end)
     return outputs, (scores, outputs[2], start, end)
 
 
-def _thresholds_bwd(num_selected, window, chunk_size, residuals, cotangents):
+def _thresholds_bwd(num_selected, window, residuals, cotangents):
     """The gradient of tau as prefix sums.
 
     tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t. A key is
     interior during one interval of queries: its sum is a difference of prefix sums, which begin
     anew with every document so that none feels another one's rounding or NaN.
     """
-    del num_selected, chunk_size
+    del num_selected
     scores, tau, start, end = residuals
     g = cotangents[2]
     (length,) = scores.shape
-    if length == 0:
-        return scores, None, None
     enters = jnp.minimum(jnp.arange(length, dtype=jnp.int32) + window, end)
     enters, end = (varying_like(x, scores, enters) for x in (enters, end))
 

@@ -2,8 +2,8 @@
 
 A chunk of C queries attends to at most the k keys that its first query has selected (a gathered
 list) and the w + C - 1 keys from that query's window on (a contiguous slab). Whether a query
-attends to a key, and with which gate, follows from the key's score and the query's cutoff and tau.
-Every chunk holds all keys of its queries, so a plain softmax over the tile is exact, and the
+attends to a key follows from the key's lifetime, with which gate from its score and the query's
+tau. Every chunk holds all keys of its queries, so a plain softmax over the tile is exact, and the
 backward pass recomputes it from the inputs alone.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sparsek_jax.ops.products import einsum_f32
-from sparsek_jax.ops.selection import causal_selection, document_bounds
+from sparsek_jax.ops.selection import causal_selection
 from sparsek_jax.ops.tracing import varying_like
 
 _ALIGNMENT = 16  # keys
@@ -40,7 +40,6 @@ def sparsek_attention_xla(
     selection = causal_selection(
         scores, num_selected=num_selected, sliding_window=sliding_window, segment_ids=segment_ids
     )
-    start, _ = document_bounds(segment_ids, batch, length)
     if scores.shape[2] != num_kv_heads:
         scores, selection = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (*x.shape[:2], num_kv_heads, *x.shape[3:])),
@@ -48,7 +47,7 @@ def sparsek_attention_xla(
         )
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     settings = _Settings(selection.chunk_size, sliding_window, scale, gating == "soft")
-    fixed = (start, selection.cutoff_score, selection.cutoff_index, selection.candidates)
+    fixed = (selection.lifetimes.until, selection.candidates)
     arrays = (grouped, key, value, scores, selection.tau, fixed)
     # Under `shard_map` an argument may be replicated where another is split, such as shared scores
     # next to heads. Its gradient is then a sum over devices, which this cast's transpose takes.
@@ -68,9 +67,6 @@ class _Queries(NamedTuple):
 
     query: Float[Array, "B C K G H"]
     tau: Float[Array, "B C K"]
-    cutoff_score: Float[Array, "B C K"]
-    cutoff_index: Int32[Array, "B C K"]
-    start: Int32[Array, "B C"]
     position: Int32[Array, " C"]
 
 
@@ -80,6 +76,7 @@ class _Keys(NamedTuple):
     key: Float[Array, "B K L H"]
     value: Float[Array, "B K L H"]
     score: Float[Array, "B K L"]
+    until: Int32[Array, "B K L"]
     position: Int32[Array, "B K L"]
 
 
@@ -94,20 +91,12 @@ class _Gates(NamedTuple):
 
 def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
     """Window, selection and gate of every (query, key) of a tile."""
-    key_position, score = keys.position[:, :, None, :], keys.score[:, :, None, :]
+    key_position, until, score = (x[:, :, None, :] for x in (keys.position, keys.until, keys.score))
     query_position = queries.position[:, None]
-    tau, cutoff_score, cutoff_index = (
-        jnp.swapaxes(x, 1, 2)[..., None]
-        for x in (queries.tau, queries.cutoff_score, queries.cutoff_index)
-    )
-    visible = (key_position <= query_position) & (key_position >= queries.start[:, None, :, None])
-    pool = visible & (key_position <= query_position - settings.window)
-    # Written as "not after the cutoff", which holds for a NaN: it must reach the output.
-    after_cutoff = (score < cutoff_score) | (
-        (score == cutoff_score) & (key_position > cutoff_index)
-    )
-    selected = pool & ~after_cutoff
-    window = visible & ~pool
+    tau = jnp.swapaxes(queries.tau, 1, 2)[..., None]
+    attended = (key_position <= query_position) & (query_position < until)
+    selected = attended & (key_position <= query_position - settings.window)
+    window = attended & ~selected
     distance = score - tau
     soft_gate = jnp.clip(distance, 0.0, 1.0)
     if not settings.soft:
@@ -115,7 +104,7 @@ def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
         soft_gate = jnp.where(jnp.isnan(soft_gate), soft_gate, 1.0)
     gate = jnp.where(selected, soft_gate, jnp.where(window, 1.0, 0.0))
     interior = selected & ~(distance <= 0) & ~(distance >= 1)
-    return _Gates(selected | window, gate, interior)
+    return _Gates(attended, gate, interior)
 
 
 def _tile_forward(settings, queries, keys, gates):
@@ -214,7 +203,7 @@ def _per_head(function):
     return jax.vmap(jax.vmap(function))
 
 
-def _keys(layout: _Layout, key, value, score, candidates, first) -> _Keys:
+def _keys(layout: _Layout, key, value, score, until, candidates, first) -> _Keys:
     """Gathers list and slab of the chunk whose first query is `first` from padded arrays."""
     rows = jnp.maximum(candidates, 0) + layout.window
 
@@ -230,15 +219,18 @@ def _keys(layout: _Layout, key, value, score, candidates, first) -> _Keys:
         ],
         axis=2,
     )
-    return _Keys(gather(key), gather(value), gather(score), position)
+    # An empty place in a list, at position -1, is no key of any query.
+    until = jnp.where(position >= 0, gather(until), 0)
+    return _Keys(gather(key), gather(value), gather(score), until, position)
 
 
-def _chunks(layout: _Layout, query, tau, fixed) -> tuple[_Queries, Array]:
+def _chunks(layout: _Layout, query, tau, candidates) -> tuple[_Queries, Array]:
     """The scanned inputs: queries and their thresholds, and each chunk's list."""
-    start, cutoff_score, cutoff_index, candidates = fixed
     position = jnp.arange(layout.num_chunks * layout.chunk_size, dtype=jnp.int32)
+    position = jnp.minimum(position, layout.length - 1)
     queries = _Queries(
-        *(layout.chunked(x) for x in (query, tau, cutoff_score, cutoff_index, start)),
+        layout.chunked(query),
+        layout.chunked(tau),
         position.reshape(layout.num_chunks, layout.chunk_size),
     )
     return queries, jnp.moveaxis(candidates, 1, 0)
@@ -246,9 +238,10 @@ def _chunks(layout: _Layout, query, tau, fixed) -> tuple[_Queries, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, query, key, value, score, tau, fixed):
-    """Attention output `[B, T, K, G, H]`; `fixed`: document starts, cutoffs and candidates."""
-    layout = _Layout(settings, query.shape[1], list_size=fixed[3].shape[-1])
-    padded = [layout.pad_keys(x) for x in (key, value, score)]
+    """Attention output `[B, T, K, G, H]`; `fixed`: lifetimes' ends and candidates."""
+    until, candidates = fixed
+    layout = _Layout(settings, query.shape[1], list_size=candidates.shape[-1])
+    padded = [layout.pad_keys(x) for x in (key, value, score, until)]
 
     def chunk(inputs):
         queries, candidates = inputs
@@ -256,7 +249,7 @@ def _attend(settings, query, key, value, score, tau, fixed):
         out = _tile_forward(settings, queries, keys, _gates(settings, queries, keys))[2]
         return out.astype(query.dtype)
 
-    return layout.unchunked(jax.lax.map(chunk, _chunks(layout, query, tau, fixed)))
+    return layout.unchunked(jax.lax.map(chunk, _chunks(layout, query, tau, candidates)))
 
 
 def _attend_fwd(settings, query, key, value, score, tau, fixed):
@@ -265,9 +258,9 @@ def _attend_fwd(settings, query, key, value, score, tau, fixed):
 
 
 def _attend_bwd(settings, residuals, d_out):
-    query, key, value, score, tau, fixed = residuals
-    layout = _Layout(settings, query.shape[1], list_size=fixed[3].shape[-1])
-    padded = [layout.pad_keys(x) for x in (key, value, score)]
+    query, key, value, score, tau, (until, candidates) = residuals
+    layout = _Layout(settings, query.shape[1], list_size=candidates.shape[-1])
+    padded = [layout.pad_keys(x) for x in (key, value, score, until)]
 
     def chunk(totals, inputs):
         (queries, candidates), d_chunk = inputs
@@ -284,10 +277,12 @@ def _attend_bwd(settings, residuals, d_out):
         ]
         return totals, (d_query.astype(query.dtype), d_tau)
 
-    zeros = [varying_like(jnp.zeros(x.shape, jnp.float32), x, d_out, query, tau) for x in padded]
+    zeros = [
+        varying_like(jnp.zeros(x.shape, jnp.float32), x, d_out, query, tau) for x in padded[:3]
+    ]
     d_chunks = layout.chunked(d_out, mode="constant")
     totals, (d_query, d_tau) = jax.lax.scan(
-        chunk, zeros, (_chunks(layout, query, tau, fixed), d_chunks)
+        chunk, zeros, (_chunks(layout, query, tau, candidates), d_chunks)
     )
     d_key, d_value, d_score = (layout.unpad_keys(x) for x in totals)
     return (

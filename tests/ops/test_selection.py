@@ -32,7 +32,7 @@ def select(scores, k, window, segment_ids=None):
 
 
 def check_against_oracle(scores, selection, k, window, segment_ids, queries):
-    """Compares one row, scores `[T]`, at the given queries, and all of its candidate lists."""
+    """Compares one row, scores `[T]`, at the given queries, all of its lists, and lifetimes."""
     length = len(scores)
     u = scores.astype(np.float64)
     cutoff_score, cutoff_index, tau, candidates = (
@@ -57,11 +57,17 @@ def check_against_oracle(scores, selection, k, window, segment_ids, queries):
         np.testing.assert_allclose(
             gates, oracle.sparsek(u[pool], k), atol=1e-6 + 2e-7 * abs(tau[t])
         )
+    until, slot = (np.asarray(x[0, :, 0]) for x in selection.lifetimes)
+    for t in queries:
+        seen = oracle.selected(u, oracle.pool(t, starts[t], window), k)
+        seen = np.union1d(seen, np.arange(max(t - window + 1, starts[t]), t + 1)).astype(int)
+        np.testing.assert_array_equal(np.flatnonzero(until[: t + 1] > t), seen)
     for chunk, t in enumerate(range(0, length, selection.chunk_size)):
         chosen = oracle.selected(u, oracle.pool(t, starts[t], window), k)
-        listed = candidates[chunk]
-        np.testing.assert_array_equal(listed[: len(chosen)], chosen)
-        np.testing.assert_array_equal(listed[len(chosen) :], -1)
+        expected = np.full(min(k, length), -1)
+        expected[slot[chosen]] = chosen
+        assert np.sum(expected >= 0) == len(chosen)
+        np.testing.assert_array_equal(candidates[chunk], expected)
 
 
 def packed(length, seed=0):
