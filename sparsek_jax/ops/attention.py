@@ -1,6 +1,7 @@
 """SparseK attention: the public function, its argument checks and the choice of implementation."""
 
 import functools
+import logging
 import math
 from typing import Literal
 
@@ -8,17 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu, unsupported
 from sparsek_jax.ops.reference import sparsek_attention_reference
 from sparsek_jax.ops.selection import check_selection_arguments
 from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.ops.xla import sparsek_attention_xla
 
 Gating = Literal["soft", "straight_through"]
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
 GATINGS = ("soft", "straight_through")
-_IMPLEMENTATIONS = {"reference": sparsek_attention_reference, "xla": sparsek_attention_xla}
-_BEST = "xla"
+_IMPLEMENTATIONS = {
+    "reference": sparsek_attention_reference,
+    "xla": sparsek_attention_xla,
+    "mosaic_gpu": sparsek_attention_mosaic_gpu,
+}
+_log = logging.getLogger(__name__)
 
 
 def sparsek_attention(
@@ -59,8 +65,10 @@ def sparsek_attention(
       scale: Factor on the logits; 1 / sqrt(H) by default.
       segment_ids: Optional integer ids of packed documents. A document is a maximal run of equal
         ids; none sees another.
-      implementation: "xla" (chunked, memory linear in T), "reference" (dense, for checking), or
-        None for the best one.
+      implementation: "xla" (chunked, memory linear in T, for every device), "mosaic_gpu" (kernels
+        for NVIDIA Hopper GPUs: bfloat16 or float16, H at most 128; split over several devices only
+        inside `shard_map`), "reference" (dense, for checking), or None for the best one that JAX's
+        default device and the call allow.
 
     Returns:
       The attention output, shape and dtype of query. Where a query's pool contains a NaN or
@@ -73,8 +81,8 @@ def sparsek_attention(
     """
     _check(query, key, value, scores, gating, scale)
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
-    name = _BEST if implementation is None else implementation
-    if name in ("mosaic_gpu", "mosaic_tpu"):
+    name = _best(query) if implementation is None else implementation
+    if name == "mosaic_tpu":
         raise NotImplementedError(
             f"implementation={name!r} has no kernel in this version; expected one of "
             f"{sorted(_IMPLEMENTATIONS)} or None"
@@ -98,6 +106,31 @@ def sparsek_attention(
         gating=gating,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
     )
+
+
+def _best(query) -> Implementation:
+    device = jax.config.jax_default_device or jax.devices()[0]
+    platform = device if isinstance(device, str) else device.platform
+    capability = getattr(device, "compute_capability", None)
+    manual = jax.sharding.get_abstract_mesh()
+    whole = jax.device_count() == 1 or (
+        manual.axis_names and set(manual.manual_axes) == set(manual.axis_names)
+    )
+    if capability != "9.0":
+        reason = f"no kernels for {platform} {capability or ''}".rstrip()
+    elif not whole:
+        reason = "the kernels run on several devices only inside shard_map over all mesh axes"
+    else:
+        reason = unsupported(query)
+    if reason is None:
+        return "mosaic_gpu"
+    _say_once(reason)
+    return "xla"
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.info("sparsek_attention uses implementation='xla': %s", reason)
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.

@@ -60,7 +60,8 @@ def key_lifetimes(
     entry = jnp.minimum(position + window, length - 1)
     displaces = (position + window < end) & (exceeds & ~rejected)[entry]
     first = jnp.where(displaces, previous_kth[entry], position)
-    first = jax.lax.fori_loop(0, length.bit_length(), lambda _, x: x[x], first)
+    for _ in range(length.bit_length()):
+        first = first[first]
     return Lifetimes(until, first - start)
 
 

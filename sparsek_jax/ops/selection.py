@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
+from sparsek_jax.ops.pruning import capacity, may_matter
 from sparsek_jax.ops.tracing import computed_once, varying_like
 
 
@@ -128,17 +129,20 @@ def select(
         return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores.astype(jnp.float32)), start)
+    documents = (start, end)
+    *thresholds, kth = _thresholds(
+        num_selected, sliding_window, jnp.swapaxes(scores, 1, 2), documents
+    )
 
-    def row(scores, start, end):
-        *thresholds, kth = _thresholds(num_selected, sliding_window, scores, start, end)
+    def lives(kth, start, end):
         lifetimes = key_lifetimes(kth, start, end, num_selected=num_selected, window=sliding_window)
         candidates = chunk_lists(
             lifetimes, num_selected=num_selected, window=sliding_window, chunk_size=chunk_size
         )
-        return *thresholds, lifetimes, candidates
+        return lifetimes, candidates
 
-    per_head = jax.vmap(row, in_axes=(1, None, None), out_axes=1)
-    return Selection(*jax.vmap(per_head)(scores, start, end), chunk_size)
+    selection = (*thresholds, *_by_row(lives, (kth,), documents))
+    return Selection(*jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), selection), chunk_size)
 
 
 def check_selection_arguments(
@@ -223,19 +227,78 @@ def first_query(
     return jax.lax.fori_loop(0, length.bit_length(), halve, (begin, end))[0]
 
 
-# One row: the scores of one sequence and one KV head.
+def _by_row(function: Callable, rows: tuple, documents: tuple) -> Any:
+    """Maps a function over the rows of arrays `[B, K, ...]`, which share documents `[B, T]`."""
+
+    def of_sequence(rows, documents):
+        return jax.vmap(lambda row: function(*row, *documents))(rows)
+
+    return jax.vmap(of_sequence)(rows, documents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _thresholds(num_selected, window, scores, start, end):
-    """Cutoff score and index, tau, and the k-th key of every pool of at least k, `[T]` each."""
+def _thresholds(num_selected, window, scores, documents):
+    """Cutoff score and index, tau, and the k-th key of every pool of at least k, `[B, K, T]`."""
+    length = scores.shape[2]
+    finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
+    room = capacity(num_selected, length)
+    search = functools.partial(
+        _by_row, functools.partial(_search, num_selected, window), documents=documents
+    )
+    if room is None:
+        found = search((finite,))
+    else:
+        keep = _by_row(lambda u, start, _: may_matter(u, start, num_selected), (finite,), documents)
+        search_kept = functools.partial(
+            _by_row,
+            functools.partial(_search_kept, num_selected, window, room),
+            documents=documents,
+        )
+        found = jax.lax.cond(
+            jnp.all(jnp.sum(keep, axis=2) <= room),
+            lambda: search_kept((finite, keep)),
+            lambda: search((finite,)),
+        )
+    finish = functools.partial(_finish, num_selected, window)
+    return _by_row(finish, (scores, *found), documents)
+
+
+# One row: the scores of one sequence and one KV head.
+
+
+def _pool_end(window, start):
+    """Position after the last key of every query's pool, which begins at `start`."""
+    return jnp.maximum(jnp.arange(len(start), dtype=jnp.int32) - window + 1, start)
+
+
+def _search(num_selected, window, scores, start, end):
+    """Finds tau of every query whose pool exceeds k, and the k-th key where the pool has one."""
+    del end
+    return _descend(scores, num_selected, start, _pool_end(window, start))
+
+
+def _search_kept(num_selected, window, room, scores, keep, start, end):
+    """`_search` among the keys marked `keep`, of which there are at most `room`."""
     del end
     (length,) = scores.shape
-    stop = jnp.maximum(jnp.arange(length, dtype=jnp.int32) - window + 1, start)
-    pool_size = stop - start
+    before = jnp.pad(jnp.cumsum(keep, dtype=jnp.int32), (1, 0))
+    position = jnp.zeros((room,), jnp.int32)
+    target = jnp.where(keep, before[:length], room)
+    position = position.at[target].set(jnp.arange(length, dtype=jnp.int32), mode="drop")
+    # Thresholds change only where a kept key enters, so these are all there are.
+    kept_end = jnp.arange(1, room + 1, dtype=jnp.int32)
+    kept_start = jnp.minimum(before[start[position]], kept_end - 1)
+    tau, kth = _descend(scores[position], num_selected, kept_start, kept_end)
+    newest = jnp.maximum(before[_pool_end(window, start)] - 1, 0)
+    return tau[newest], position[kth][newest]
 
-    tau, kth = _descend(scores, num_selected, start, stop)
-    everything = pool_size <= num_selected
+
+def _finish(num_selected, window, scores, tau, kth, start, end):
+    """Thresholds as `Selection` tells them, from those of `_search`."""
+    del end
+    length = scores.shape[0]
+    stop = _pool_end(window, start)
+    everything = stop - start <= num_selected
     cutoff_index = jnp.where(everything, length, kth)
     bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), dtype=jnp.int32), (1, 0))
     poison = jnp.where(bad[stop] > bad[start], jnp.nan, 0.0)
@@ -273,11 +336,11 @@ def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], 
     )
 
 
-def _descend(scores, num_selected, start, stop):
+def _descend(u, num_selected, start, stop):
     """Walks the wavelet matrix of the breakpoints for all queries at once.
 
     Args:
-      scores: `[T]`.
+      u: Finite scores, `[T]`.
       num_selected: k.
       start: `[T]`: first key of every query's pool.
       stop: `[T]`: position after the last key of every query's pool.
@@ -286,7 +349,7 @@ def _descend(scores, num_selected, start, stop):
       tau `[T]`, meaningless where the pool holds no more than k keys, and the position of the k-th
       key in the selection order `[T]`, meaningless where the pool holds fewer.
     """
-    (length,) = scores.shape
+    (length,) = u.shape
     size = 2 * length
     levels = (size - 1).bit_length()
     # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo
@@ -294,7 +357,6 @@ def _descend(scores, num_selected, start, stop):
     bits = min(15, 31 - max(length - 1, 1).bit_length())
     k = min(num_selected, length - 1)
 
-    u = jnp.where(jnp.isfinite(scores), scores, 0.0)
     breakpoints = jnp.stack([u, u - 1.0], -1).reshape(size)
     order = jnp.argsort(breakpoints, descending=True, stable=True).astype(jnp.int32)
     high, low = _fixed_point(u, bits)
@@ -366,7 +428,7 @@ def _descend(scores, num_selected, start, stop):
         (begin, end, none, jnp.zeros((length, 3), jnp.int32)),
         (begin, end, none, jnp.full_like(start, num_selected - 1)),
     )
-    state = jax.tree.map(lambda x: varying_like(x, scores, start, stop), state)
+    state = jax.tree.map(lambda x: varying_like(x, u, start, stop), state)
     _, (t_begin, t_end, t_node, t_sums), (_, _, q_node, _) = jax.lax.fori_loop(
         0, levels, step, state
     )
@@ -380,21 +442,25 @@ def _descend(scores, num_selected, start, stop):
     return tau, order[jnp.minimum(q_node, size - 1)] // 2
 
 
-def _thresholds_fwd(num_selected, window, scores, start, end):
-    outputs = _thresholds(num_selected, window, scores, start, end)
-    return outputs, (scores, outputs[2], start, end)
+def _thresholds_fwd(num_selected, window, scores, documents):
+    outputs = _thresholds(num_selected, window, scores, documents)
+    return outputs, (scores, outputs[2], documents)
 
 
 def _thresholds_bwd(num_selected, window, residuals, cotangents):
-    """The gradient of tau as prefix sums.
+    del num_selected
+    scores, tau, documents = residuals
+    gradient = functools.partial(_tau_gradient, window)
+    return _by_row(gradient, (scores, tau, cotangents[2]), documents), None
+
+
+def _tau_gradient(window, scores, tau, g, start, end):
+    """The gradient of one row's tau as prefix sums; `g` is its cotangent.
 
     tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t. A key is
     interior during one interval of queries: its sum is a difference of prefix sums, which begin
     anew with every document so that none feels another one's rounding or NaN.
     """
-    del num_selected
-    scores, tau, start, end = residuals
-    g = cotangents[2]
     (length,) = scores.shape
     enters = jnp.minimum(jnp.arange(length, dtype=jnp.int32) + window, end)
     enters, end = (varying_like(x, scores, enters) for x in (enters, end))
@@ -416,7 +482,7 @@ def _thresholds_bwd(num_selected, window, residuals, cotangents):
         return jnp.where(query > start, running[query - 1], 0.0)
 
     gradient = before(dropped) - before(unsaturated)
-    return jnp.where(dropped > unsaturated, gradient, 0.0), None, None
+    return jnp.where(dropped > unsaturated, gradient, 0.0)
 
 
 _thresholds.defvjp(_thresholds_fwd, _thresholds_bwd)

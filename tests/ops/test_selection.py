@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsek_jax import causal_selection
+from sparsek_jax.ops.pruning import capacity, may_matter
 from tests.ops import oracle
 
 SCORES = {
@@ -81,12 +82,34 @@ def packed(length, seed=0):
 
 
 @pytest.mark.parametrize("kind", SCORES)
-def test_long_rows(kind):
-    length, k, window = 4096, 64, 32
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_long_rows(kind, is_packed):
+    length, k, window = 4096, 48, 32
     scores = make_scores(kind, length)
-    selection = select(scores[None, :, None], k, window)
+    segment_ids = packed(length) if is_packed else np.zeros(length, np.int32)
+    selection = select(scores[None, :, None], k, window, segment_ids[None])
     queries = np.random.default_rng(1).integers(0, length, 300)
-    check_against_oracle(scores, selection, k, window, None, queries)
+    check_against_oracle(scores, selection, k, window, segment_ids, queries)
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_pruning_keeps_what_matters(kind, is_packed):
+    length, k = 3000, 20
+    scores = make_scores(kind, length)
+    segment_ids = packed(length) if is_packed else np.zeros(length, np.int32)
+    starts = oracle.document_starts(segment_ids, length)
+    kept = np.asarray(may_matter(scores, jnp.asarray(starts, jnp.int32), k))
+    u = scores.astype(np.float64)
+    for t in range(0, length, 7):
+        pool = oracle.pool(t, starts[t], 0)
+        if kept[t]:
+            continue
+        # Its first pool is where a key has the largest gate it ever has.
+        assert t not in pool[oracle.sparsek(u[pool], k) > 0]
+        assert t not in oracle.selected(u, pool, k)
+    if kind in ("gaussian", "falling", "heavy_tailed") and not is_packed:
+        assert kept.sum() < capacity(k, length)
 
 
 @settings(max_examples=60)
