@@ -273,6 +273,15 @@ def _key_side(settings, config, buffers, slot, tile, chunk_start, shape):
     return tuple(_over_rows(x, shape) for x in (position, score, until))
 
 
+def _launch(kernel, *, operands, specialised=False, **settings):
+    """Runs a kernel, with `specialised` on two computing warpgroups and a loading one."""
+    if specialised:
+        settings |= {"num_threads": _WARPGROUPS + 1, "thread_name": "warpgroup"}
+    compiled = plgpu.kernel(kernel, compiler_params=_COMPILER_PARAMS, **settings)
+    # Kernels do not say over which axes of a `shard_map` their results vary: all that inputs do.
+    return [varying_like(x, *operands) for x in compiled(*operands)]
+
+
 def _forward(settings: _Settings, config: BlockConfig, query, rows: _Keys, lists: _Keys, tau):
     """Returns the output `[B, T, N, H]` and the log2-sum-exp2 of the logits `[B, N, Tp]`."""
     batch_size, length, num_heads, head_dim = query.shape
@@ -390,7 +399,7 @@ def _forward(settings: _Settings, config: BlockConfig, query, rows: _Keys, lists
             )
 
     padded = tau.shape[2]
-    return plgpu.kernel(
+    return _launch(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(query.shape, dtype),
@@ -404,12 +413,11 @@ def _forward(settings: _Settings, config: BlockConfig, query, rows: _Keys, lists
             plgpu.Barrier(num_arrivals=_WARPGROUPS),
             _key_buffers(config, head_dim, dtype),
         ],
-        compiler_params=_COMPILER_PARAMS,
         grid=(num_heads, padded // _BLOCK, batch_size),
         grid_names=("head", "block", "batch"),
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-    )(query, *rows, *lists, tau)
+        specialised=True,
+        operands=(query, *rows, *lists, tau),
+    )
 
 
 class _Outcome(NamedTuple):
@@ -425,15 +433,14 @@ class _Outcome(NamedTuple):
 def _cotangents(settings, gates, logits, d_weight, lse, delta):
     """Of one tile: `(weights, d_logits before the scale, d_gate)`; `lse`, `delta` broadcast."""
     probability = jnp.exp2(_times(logits, gates.gate) * (settings.scale * _LOG2E) - lse)
-    probability = _masked(gates.attended, probability, 0.0)
-    weights = _times(probability, gates.gate)
+    # Masked last: a NaN of a query must not reach keys that it does not attend to.
+    weights = _masked(gates.attended, _times(probability, gates.gate), 0.0)
     d_gated = probability * (_times(d_weight, gates.gate) - delta)
+    d_logits = _masked(gates.attended, _times(d_gated, gates.gate), 0.0)
     d_gate = None
     if gates.interior is not None:
         d_gate = probability * d_weight + d_gated * (logits * settings.scale)
         d_gate = jnp.where(gates.interior, d_gate, 0.0)
-    # Once more: a NaN of a query must not reach keys that it does not attend to.
-    d_logits = _masked(gates.attended, _times(d_gated, gates.gate), 0.0)
     return weights, d_logits, d_gate
 
 
@@ -545,7 +552,7 @@ def _query_backward(
     block = plgpu.SMEM((_WARPGROUPS, _ROWS, head_dim), dtype, transforms=_swizzle(head_dim, dtype))
     vector = plgpu.SMEM((_WARPGROUPS, _ROWS), jnp.float32)
     padded = outcome.tau.shape[2]
-    return plgpu.kernel(
+    return _launch(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(query.shape, dtype),
@@ -560,12 +567,11 @@ def _query_backward(
             plgpu.Barrier(num_barriers=_WARPGROUPS, num_arrivals=5),
             _key_buffers(config, head_dim, dtype),
         ],
-        compiler_params=_COMPILER_PARAMS,
         grid=(num_heads, padded // _BLOCK, batch_size),
         grid_names=("head", "block", "batch"),
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-    )(query, *rows, *lists, *outcome)
+        specialised=True,
+        operands=(query, *rows, *lists, *outcome),
+    )
 
 
 def _key_backward(
@@ -749,7 +755,7 @@ def _key_backward(
     block = plgpu.SMEM((_WARPGROUPS, _ROWS, head_dim), dtype, transforms=transforms)
     stage = plgpu.SMEM((stages, columns, head_dim), dtype, transforms=transforms)
     vector = plgpu.SMEM((stages, columns), jnp.float32)
-    return plgpu.kernel(
+    return _launch(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct(keys.key.shape, dtype),
@@ -770,12 +776,11 @@ def _key_backward(
             plgpu.Barrier(num_barriers=stages, num_arrivals=5),
             plgpu.Barrier(num_barriers=stages, num_arrivals=_WARPGROUPS),
         ],
-        compiler_params=_COMPILER_PARAMS,
         grid=(num_kv_heads, num_scores // _BLOCK, batch_size),
         grid_names=("head", "block", "batch"),
-        num_threads=_WARPGROUPS + 1,
-        thread_name="warpgroup",
-    )(query, *keys, *outcome)
+        specialised=True,
+        operands=(query, *keys, *outcome),
+    )
 
 
 def sparsek_attention_mosaic_gpu(
@@ -1003,7 +1008,7 @@ def _sum_over_chunks(of_lists, candidates: Int32[Array, "B K chunks L"]):
         rows = plgpu.SMEM((*leading, *tile_shape), d_key.dtype, transforms=transforms)
         return rows, rows, plgpu.SMEM((*leading, _ROWS), jnp.float32)
 
-    return plgpu.kernel(
+    return _launch(
         kernel,
         out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in of_lists],
         scratch_types=[
@@ -1012,10 +1017,10 @@ def _sum_over_chunks(of_lists, candidates: Int32[Array, "B K chunks L"]):
             buffers(),
             plgpu.Barrier(num_barriers=stages, num_arrivals=4),
         ],
-        compiler_params=_COMPILER_PARAMS,
         grid=(num_kv_heads, list_size // _ROWS, batch_size),
         grid_names=("head", "slots", "batch"),
-    )(same, *of_lists)
+        operands=(same, *of_lists),
+    )
 
 
 def _forward_config(query) -> BlockConfig:

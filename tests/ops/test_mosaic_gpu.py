@@ -1,0 +1,222 @@
+"""What of the GPU kernels can be checked without a GPU: arithmetic, which tiles, and lowering.
+
+Their results are checked on a GPU, by the suite that all implementations share.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from sparsek_jax import sparsek_attention
+from sparsek_jax.ops import mosaic_gpu
+
+CONFIG = mosaic_gpu._Settings(
+    chunk_size=128, list_size=100, window=20, scale=0.3, soft=True, packed=False
+)
+
+
+def make_tile(seed=0, rows=12, columns=40, size=5):
+    """Queries at positions 30 to 41 and keys at 0 to 39, all in the slab."""
+    rng = np.random.default_rng(seed)
+    query, d_out = rng.normal(size=(2, rows, size)).astype(np.float32)
+    key, value = rng.normal(size=(2, columns, size)).astype(np.float32)
+    score = rng.normal(size=columns).astype(np.float32)
+    tau = np.sort(rng.normal(size=rows)).astype(np.float32) - 1
+    position = np.arange(columns, dtype=np.int32)
+    until = rng.integers(position + CONFIG.window, 60).astype(np.int32)
+    return query, key, value, score, tau, position, until, d_out
+
+
+def tile_gates(config, kind, score, tau, position, until):
+    shape = (len(tau), len(score))
+    query_position = np.broadcast_to(30 + np.arange(len(tau))[:, None], shape)
+    query = (query_position, np.broadcast_to(tau[:, None], shape))
+    key = tuple(np.broadcast_to(x, shape) for x in (position, score, until))
+    return mosaic_gpu._gates(config, kind, query, key, with_interior=True)
+
+
+@pytest.mark.parametrize("kind", ["slab", "list", "window"])
+@pytest.mark.parametrize("soft", [True, False])
+def test_tile_arithmetic_equals_autodiff(kind, soft):
+    config = CONFIG._replace(soft=soft)
+    query, key, value, score, tau, position, until, d_out = make_tile()
+    if kind == "list":
+        position, until = position - 100, until - 10
+    elif kind == "window":
+        position = np.zeros_like(position)
+    query_position = 30 + np.arange(len(tau))[:, None]
+
+    def attend(query, key, value, score, tau):
+        attended, gate = jnp.ones((len(tau), len(score)), bool), 1.0
+        if kind != "window":
+            attended = (position <= query_position) & (query_position < until)
+            in_pool = query_position >= position + config.window
+            gate = jnp.clip(score - tau[:, None], -1e9, 1)
+            if not soft:
+                interior = (gate > 0) & (gate < 1)
+                gate = jnp.where(interior, gate, 1) + jax.lax.stop_gradient(
+                    1 - jnp.where(interior, gate, 1)
+                )
+            gate = jnp.where(in_pool, gate, 1)
+        logits = jnp.where(attended, query @ key.T * config.scale * gate, -jnp.inf)
+        weights = jax.nn.softmax(logits) * gate
+        return jnp.where(attended, weights, 0) @ value, jax.nn.logsumexp(logits, axis=1)
+
+    if kind != "window":
+        # A selected key's gate is positive; keep the tile so.
+        score = np.maximum(score, tau.max() + 0.05)
+    arrays = (query, key, value, score, tau)
+    (out, lse), vjp = jax.vjp(attend, *arrays)
+    expected = vjp((d_out, jnp.zeros_like(lse)))
+
+    gates = tile_gates(config, kind, score, tau, position, until)
+    weights, d_logits, d_gate = mosaic_gpu._cotangents(
+        config,
+        gates,
+        query @ key.T,
+        d_out @ value.T,
+        (lse * np.log2(np.e))[:, None],
+        (out * d_out).sum(1)[:, None],
+    )
+    found = (config.scale * d_logits @ key, config.scale * d_logits.T @ query, weights.T @ d_out)
+    if d_gate is None:
+        assert kind == "window"
+        found += (jnp.zeros_like(score), jnp.zeros_like(tau))
+    else:
+        found += (d_gate.sum(0), -d_gate.sum(1))
+    np.testing.assert_allclose(weights @ value, out, atol=1e-5)
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+
+
+def test_a_query_s_nan_reaches_only_keys_that_it_attends_to():
+    query, key, value, score, tau, position, until, d_out = make_tile()
+    tau[3] = np.nan
+    gates = tile_gates(CONFIG, "slab", score, tau, position, until)
+    lse, delta = np.ones((len(tau), 1)), np.ones((len(tau), 1))
+    lse[3] = delta[3] = np.nan
+    for x in mosaic_gpu._cotangents(CONFIG, gates, query @ key.T, d_out @ value.T, lse, delta):
+        assert np.all(np.isfinite(x[~gates.attended]))
+    assert np.all(np.isfinite(np.delete(x, 3, axis=0)))
+
+
+@settings(max_examples=80)
+@given(
+    length=st.integers(16, 400).map(lambda n: 8 * n),
+    chunk_size=st.sampled_from([128, 256, 512]),
+    window=st.integers(0, 700),
+    list_size=st.integers(1, 600),
+    block=st.integers(0, 24),
+    columns=st.sampled_from([64, 128]),
+    packed=st.booleans(),
+)
+def test_tiles_cover_every_key_once(length, chunk_size, window, list_size, block, columns, packed):
+    first = block * 128 % length // 128 * 128
+    config = CONFIG._replace(
+        chunk_size=chunk_size, window=window, list_size=list_size, packed=packed
+    )
+    span = mosaic_gpu._span(config, jnp.int32(first), length, columns)
+    span = type(span)(*(int(x) for x in span))
+    chunk = first // chunk_size * chunk_size
+    last = min(first + 127, length - 1)
+    # The slab's keys are these; tiles may hold more, which are masked.
+    assert 0 <= span.slab * columns <= max(chunk - window + 1, 0)
+    assert span.end * columns > last
+    assert (span.end - 1) * columns < length
+    assert span.num_listed * columns >= min(max(chunk - window + 1, 0), list_size)
+    assert span.slab <= span.window <= span.diagonal <= span.end
+    for tile in range(span.window, span.diagonal):
+        # Every query of the block has all of these in its window.
+        assert tile * columns > first + 127 - window
+        assert (tile + 1) * columns - 1 <= first
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "k", "window", "length", "gating", "packed", "dtype"),
+    [
+        (12, 12, 64, 512, 512, 2048, "soft", False, "bfloat16"),
+        (16, 2, 128, 1024, 512, 2048, "soft", False, "bfloat16"),
+        (9, 3, 80, 100, 0, 1001, "straight_through", True, "bfloat16"),
+        (4, 1, 96, 7, 9, 65, "soft", True, "float16"),
+        (2, 2, 60, 64, 64, 300, "soft", False, "float16"),
+    ],
+)
+def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, packed, dtype):
+    def gradients(query, key, value, scores, segment_ids):
+        def loss(*arrays):
+            out = sparsek_attention(
+                *arrays,
+                num_selected=k,
+                sliding_window=window,
+                gating=gating,
+                segment_ids=segment_ids,
+                implementation="mosaic_gpu",
+            )
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3))(query, key, value, scores)
+
+    query = jax.ShapeDtypeStruct((2, length, heads, head_dim), dtype)
+    key = jax.ShapeDtypeStruct((2, length, kv_heads, head_dim), dtype)
+    scores = jax.ShapeDtypeStruct((2, length, kv_heads), jnp.float32)
+    segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
+    export = jax.export.export(jax.jit(gradients), platforms=["cuda"])
+    module = export(query, key, key, scores, segment_ids).mlir_module()
+    # Forward, query, two key kernels, and the sums over chunks.
+    assert module.count("mosaic_gpu_v2") >= 5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_lowers_inside_shard_map(shared):
+    # Types vary over axes of one device too.
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    rows = P("data", None, "tensor", None)
+    attend = jax.shard_map(
+        functools.partial(
+            sparsek_attention, num_selected=64, sliding_window=32, implementation="mosaic_gpu"
+        ),
+        mesh=mesh,
+        in_specs=(rows, rows, rows, P("data", None, None if shared else "tensor")),
+        out_specs=rows,
+    )
+
+    def gradients(*arrays):
+        def loss(*arrays):
+            return jnp.sum(attend(*arrays).astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
+
+    query = jax.ShapeDtypeStruct((4, 256, 8, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
+    scores = jax.ShapeDtypeStruct((4, 256, 1 if shared else 4), jnp.float32)
+    exported = jax.export.export(jax.jit(gradients), platforms=["cuda"])(query, key, key, scores)
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= 5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "reason"),
+    [
+        ("float32", 64, "query has dtype float32; expected bfloat16 or float16"),
+        ("bfloat16", 160, "query has head size 160; expected at most 128"),
+    ],
+)
+def test_says_what_it_does_not_support(dtype, head_dim, reason):
+    x = jnp.ones((1, 4, 1, head_dim), dtype)
+    with pytest.raises(NotImplementedError, match=f"implementation='mosaic_gpu': {reason}"):
+        sparsek_attention(x, x, x, jnp.ones((1, 4, 1)), num_selected=1, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("columns", "stages", "message"),
+    [(96, 2, "columns=96 must be 64 or 128"), (64, 1, "stages=1 must be at least 2")],
+)
+def test_impossible_blocks_are_refused(columns, stages, message):
+    with pytest.raises(ValueError, match=message):
+        mosaic_gpu.BlockConfig(columns=columns, stages=stages)
