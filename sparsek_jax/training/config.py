@@ -46,7 +46,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.num_selected = 128
     config.attention.sliding_window = 128
     config.attention.gating = "soft"  # or "straight_through"
-    config.attention.implementation = ""  # "": the best for the device; or "reference", "xla"
+    config.attention.implementation = ""  # "": the best; "reference", "xla", "mosaic_gpu"
     config.attention.qk_norm = False
     config.attention.qkv_bias = False
     config.attention.out_bias = False
