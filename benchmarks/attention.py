@@ -19,10 +19,10 @@ import time
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.inputs import largest_error, random_inputs, with_gradients
 from sparsek_jax import causal_selection, sparsek_attention
 
 _SHAPES = flags.DEFINE_list("shapes", list("ABCDE"), "Which of the shapes.")
@@ -54,13 +54,8 @@ SHAPES = {
 
 def make_inputs(shape: Shape, length: int) -> list[jax.Array]:
     """Random query, key, value, scores and output cotangent."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    heads = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads, shape.num_heads)
-    query, key, value, d_out = (
-        jax.random.normal(k, (1, length, n, shape.head_dim), jnp.bfloat16)
-        for k, n in zip(keys, heads, strict=False)
-    )
-    return [query, key, value, jax.random.normal(keys[4], (1, length, shape.num_kv_heads)), d_out]
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    return random_inputs(1, length, *heads, "bfloat16")
 
 
 def sparse(shape: Shape, implementation: str, query, key, value, scores):
@@ -96,31 +91,13 @@ def window(shape: Shape, query, key, value, scores):
     )
 
 
-def with_gradients(function):
-    """Output and gradients of an attention function of (query, key, value, scores)."""
-
-    def gradients(query, key, value, scores, d_out):
-        out, vjp = jax.vjp(function, query, key, value, scores)
-        return out, vjp(d_out)
-
-    return gradients
-
-
 def error(shape: Shape) -> float:
     """Largest relative error of output and gradients against the float32 reference."""
     small = shape._replace(num_selected=300, sliding_window=200)
-    inputs = make_inputs(small, 1001)
-
-    def run(implementation, inputs):
-        return with_gradients(functools.partial(sparse, small, implementation))(*inputs)
-
-    run = jax.jit(run, static_argnums=0)
-    actual = jax.tree.leaves(run(_IMPLEMENTATION.value, inputs))
-    expected = jax.tree.leaves(run("reference", [x.astype(jnp.float32) for x in inputs]))
-    return max(
-        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(np.asarray(y, np.float64))
-        for x, y in zip(actual, expected, strict=True)
+    implementations = (
+        functools.partial(sparse, small, name) for name in (_IMPLEMENTATION.value, "reference")
     )
+    return largest_error(*implementations, make_inputs(small, 1001))
 
 
 def attended_pairs(shape: Shape, length: int) -> int:

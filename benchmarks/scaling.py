@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks.inputs import largest_error, random_inputs, with_gradients
 from sparsek_jax import sparsek_attention
 
 _LENGTH = flags.DEFINE_list("length", ["8192", "32768"], "Context lengths T, shortest first.")
@@ -36,14 +37,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls; the fastest counts."
 
 def make_inputs(length: int) -> list[jax.Array]:
     """Random query, key, value, scores and output cotangent."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    shape = (_BATCH.value, length)
-    heads = (_HEADS.value, _KV_HEADS.value, _KV_HEADS.value, _HEADS.value)
-    query, key, value, d_out = (
-        jax.random.normal(k, (*shape, n, _HEAD_DIM.value), _DTYPE.value)
-        for k, n in zip(keys, heads, strict=False)
-    )
-    return [query, key, value, jax.random.normal(keys[4], (*shape, _KV_HEADS.value)), d_out]
+    heads = (_HEADS.value, _KV_HEADS.value, _HEAD_DIM.value)
+    return random_inputs(_BATCH.value, length, *heads, _DTYPE.value)
 
 
 def sparse(query, key, value, scores, implementation):
@@ -71,35 +66,21 @@ def dense(query, key, value, scores):
 
 def check() -> float:
     """Largest relative error of output and gradients against the float32 reference, T = 2k + w."""
-    *arrays, d_out = make_inputs(2 * _NUM_SELECTED.value + _WINDOW.value)
-
-    def results(implementation, arrays, d_out):
-        function = functools.partial(sparse, implementation=implementation)
-        out, vjp = jax.vjp(function, *arrays)
-        return [out, *vjp(d_out)]
-
-    run = jax.jit(results, static_argnums=0)
-    actual = run(_IMPLEMENTATION.value, arrays, d_out)
-    widened = [x.astype(jnp.float32) for x in arrays]
-    expected = run("reference", widened, d_out.astype(jnp.float32))
-    errors = [
-        np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(np.asarray(y, np.float64))
-        for x, y in zip(actual, expected, strict=True)
-    ]
-    return max(errors)
+    implementations = (
+        functools.partial(sparse, implementation=name)
+        for name in (_IMPLEMENTATION.value, "reference")
+    )
+    return largest_error(*implementations, make_inputs(2 * _NUM_SELECTED.value + _WINDOW.value))
 
 
 def compile_mode(function, mode: str, length: int):
     """The compiled program of a mode at a length, and its arguments."""
-    *arrays, d_out = make_inputs(length)
+    inputs = make_inputs(length)
     if mode == "forward":
-        return jax.jit(function).lower(*arrays).compile(), arrays
-
-    def gradients(d_out, *arrays):
-        out, vjp = jax.vjp(function, *arrays)
-        return out, vjp(d_out)
-
-    return jax.jit(gradients).lower(d_out, *arrays).compile(), [d_out, *arrays]
+        inputs = inputs[:4]
+    else:
+        function = with_gradients(function)
+    return jax.jit(function).lower(*inputs).compile(), inputs
 
 
 def fastest(programs) -> list[float]:

@@ -1,0 +1,47 @@
+"""What benchmarks share: random inputs, gradients, and the error that comes before any timing."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def random_inputs(
+    batch: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: str
+) -> list[jax.Array]:
+    """Gaussian query, key, value, scores and output cotangent."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    heads = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    query, key, value, d_out = (
+        jax.random.normal(k, (batch, length, n, head_dim), dtype)
+        for k, n in zip(keys, heads, strict=False)
+    )
+    return [query, key, value, jax.random.normal(keys[4], (batch, length, num_kv_heads)), d_out]
+
+
+def with_gradients(function: Callable) -> Callable:
+    """Output and gradients of an attention function, of (query, key, value, scores, d_out)."""
+
+    def gradients(query, key, value, scores, d_out):
+        out, vjp = jax.vjp(function, query, key, value, scores)
+        return out, vjp(d_out)
+
+    return gradients
+
+
+def largest_error(actual: Callable, expected: Callable, inputs: Iterable[jax.Array]) -> float:
+    """Largest relative error in norm of output and gradients.
+
+    Args:
+      actual: Attention function of (query, key, value, scores).
+      expected: Likewise; gets the inputs in float32.
+      inputs: From `random_inputs`.
+    """
+    found = jax.tree.leaves(jax.jit(with_gradients(actual))(*inputs))
+    widened = [x.astype(jnp.float32) for x in inputs]
+    reference = jax.tree.leaves(jax.jit(with_gradients(expected))(*widened))
+    return max(
+        float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(np.float64(y)))
+        for x, y in zip(found, reference, strict=True)
+    )
