@@ -418,10 +418,12 @@ class _Stop:
         # Agreeing waits for every process, so it is not done after each step.
         if step % self._every:
             return False
-        asked = multihost_utils.process_allgather(np.bool_(self.name))
-        if asked.any():
+        asked = multihost_utils.process_allgather(np.bool_(self.name)).any()
+        if asked:
             self.name = self.name or "a signal to another process"
-        return bool(self.name)
+        # Not whether this process has a signal by now: one that came meanwhile waits for the next
+        # agreement.
+        return bool(asked)
 
 
 @contextlib.contextmanager
