@@ -18,8 +18,7 @@ class Lifetimes(NamedTuple):
 
     Attributes:
       until: First query that does not attend to the key any more; the end of its document, if it is
-        never dropped. Query t attends to key j exactly if `j <= t < until[j]`, or j is in its
-        window.
+        never dropped. Query t attends to key j exactly if `j <= t < until[j]`, window included.
       slot: The key's place among the k selected keys, from 0, while it is selected.
     """
 
@@ -52,9 +51,7 @@ def key_lifetimes(
     rejected = kth == previous_kth
 
     dropped = jnp.where(rejected, newcomer, previous_kth)
-    until = end.at[jnp.where(exceeds, dropped, length)].set(
-        position, mode="drop", unique_indices=False
-    )
+    until = end.at[jnp.where(exceeds, dropped, length)].set(position, mode="drop")
 
     # A key's predecessor in its slot, itself for the first. Repeated squaring reaches the first.
     entry = jnp.minimum(position + window, length - 1)

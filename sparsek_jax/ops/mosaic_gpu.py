@@ -59,6 +59,10 @@ class BlockConfig:
             raise ValueError(f"stages={self.stages} must be at least 2")
 
 
+_FORWARD = BlockConfig(columns=128, stages=2)
+_BACKWARD = BlockConfig(columns=64, stages=2)
+
+
 class _Settings(NamedTuple):
     chunk_size: int
     list_size: int
@@ -887,7 +891,7 @@ def _attend(settings, query, key, value, score, tau, lifetimes, candidates):
 
 def _attend_fwd(settings, query, *arguments):
     rows, lists, tau, _ = _inputs(settings, *arguments)
-    out, lse = _forward(settings, _forward_config(query), query, rows, lists, tau)
+    out, lse = _forward(settings, _FORWARD, query, rows, lists, tau)
     return out, (query, *arguments, out, lse)
 
 
@@ -899,12 +903,11 @@ def _attend_bwd(settings, residuals, d_out):
     rows, lists, tau, candidates = _inputs(settings, *arguments)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     outcome = _Outcome(d_out, lse, _padded_rows(delta, tau.shape[2], 0.0), tau)
-    config = _backward_config(query)
-    d_query, d_tau = _query_backward(settings, config, query, rows, lists, outcome)
-    of_slab = _key_backward(settings, config, query, rows, outcome, listed=False)
-    of_lists = _key_backward(settings, config, query, lists, outcome, listed=True)
+    d_query, d_tau = _query_backward(settings, _BACKWARD, query, rows, lists, outcome)
+    of_slab = _key_backward(settings, _BACKWARD, query, rows, outcome, listed=False)
+    of_lists = _key_backward(settings, _BACKWARD, query, lists, outcome, listed=True)
     d_key, d_value = of_slab[:2]
-    d_score = jnp.swapaxes(of_slab[2], 1, 2)[:, :length]
+    d_score = jnp.swapaxes(of_slab[2], 1, 2)
 
     num_chunks = -(-length // settings.chunk_size)
     candidates = candidates.reshape(batch, num_kv_heads, num_chunks, -1)
@@ -1021,14 +1024,6 @@ def _sum_over_chunks(of_lists, candidates: Int32[Array, "B K chunks L"]):
         grid_names=("head", "slots", "batch"),
         operands=(same, *of_lists),
     )
-
-
-def _forward_config(query) -> BlockConfig:
-    return BlockConfig(columns=128, stages=2)
-
-
-def _backward_config(query) -> BlockConfig:
-    return BlockConfig(columns=64, stages=2)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
