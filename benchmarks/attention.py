@@ -3,18 +3,22 @@
     python -m benchmarks.attention --out=results                  # all shapes, T = 4k to 128k
     python -m benchmarks.attention --shapes=D --lengths=1048576 --dense_limit=0
 
-For every shape and length, bfloat16, batch 1, gaussian scores: forward, and forward + backward, of
-SparseK (selection included), of dense causal attention (cuDNN), and of cuDNN attention to a window
-of the same budget k + w, which is what attention without any selection would cost. Nothing is timed
-before output and gradients of the shape equal the float32 reference at a small length. Programs are
+For every shape and length, bfloat16, batch 1, gaussian scores or those of a trained model
+(`--scores`, from benchmarks/trained_scores.py): forward, and forward + backward, of SparseK
+(selection included), of dense causal attention (cuDNN), and of cuDNN attention to a window of the
+same budget k + w, which is what attention without any selection would cost. Nothing is timed before
+output and gradients of the shape equal the float32 reference at a small length. Programs are
 compiled side by side, then timed one at a time: each figure is the median of five runs of several
-calls. Writes attention.json and attention.png; `--plot_only` draws the latter again.
+calls. Where the time goes: "kernels" are the attention kernels, from a profile; "selection" is
+timed alone; the rest is gathering lists, padding and launches. Writes attention.json and
+attention.png; `--plot_only` draws the latter again.
 """
 
 import concurrent.futures
 import functools
 import json
 import pathlib
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -28,6 +32,9 @@ from sparsek_jax import causal_selection, sparsek_attention
 _SHAPES = flags.DEFINE_list("shapes", list("ABCDE"), "Which of the shapes.")
 _LENGTHS = flags.DEFINE_list("lengths", ["4096", "8192", "16384", "65536", "131072"], "T.")
 _DENSE_LIMIT = flags.DEFINE_integer("dense_limit", 262144, "Longest T for dense attention.")
+_SCORES = flags.DEFINE_string(
+    "scores", None, "A .npy file of scores, a row of at least T for every head; gaussian without."
+)
 _IMPLEMENTATION = flags.DEFINE_string("implementation", "mosaic_gpu", "What is measured.")
 _OUT = flags.DEFINE_string("out", "results", "Directory to write to.")
 _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Draw the results in --out again.")
@@ -53,9 +60,19 @@ SHAPES = {
 
 
 def make_inputs(shape: Shape, length: int) -> list[jax.Array]:
-    """Random query, key, value, scores and output cotangent."""
+    """Random query, key, value, scores and output cotangent; scores from --scores if given."""
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    return random_inputs(1, length, *heads, "bfloat16")
+    inputs = random_inputs(1, length, *heads, "bfloat16")
+    if _SCORES.value:
+        rows = np.load(_SCORES.value, mmap_mode="r")
+        if rows.ndim != 2 or rows.shape[1] < length:
+            raise app.UsageError(
+                f"--scores={_SCORES.value} holds shape {rows.shape}; expected [heads, T], T at "
+                f"least {length}"
+            )
+        spread = np.linspace(0, len(rows) - 1, shape.num_kv_heads).round().astype(int)
+        inputs[3] = jax.numpy.asarray(rows[spread, :length].T[None], jax.numpy.float32)
+    return inputs
 
 
 def sparse(shape: Shape, implementation: str, query, key, value, scores):
@@ -140,6 +157,27 @@ def milliseconds(compiled, inputs) -> float:
     return 1e3 * float(np.median(times))
 
 
+def kernel_milliseconds(compiled, inputs) -> float:
+    """Device time of a call's attention kernels, from a profile of three calls."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(3):
+                out = compiled(*inputs)
+            jax.block_until_ready(out)
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(path))
+    nanoseconds = sum(
+        event.duration_ns
+        for plane in profile.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+        if "mosaic" in event.name
+    )
+    return nanoseconds / 3e6
+
+
 def measure(name: str, length: int) -> dict:
     """Times every program of one shape and length."""
     shape = SHAPES[name]
@@ -152,7 +190,8 @@ def measure(name: str, length: int) -> dict:
         compiled = dict(
             zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
         )
-    row = {"shape": name, "length": length}
+    scores = pathlib.Path(_SCORES.value).name if _SCORES.value else "gaussian"
+    row = {"shape": name, "length": length, "scores": scores}
     for program, executable in compiled.items():
         row[f"{program} ms"] = round(milliseconds(executable, inputs), 3)
         memory = executable.memory_analysis()
@@ -160,6 +199,10 @@ def measure(name: str, length: int) -> dict:
             memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
         )
         row[f"{program} MiB"] = round(used / 2**20, 1)
+    if _IMPLEMENTATION.value == "mosaic_gpu":
+        for mode in ("forward", "forward+backward"):
+            spent = kernel_milliseconds(compiled[f"sparsek {mode}"], inputs)
+            row[f"kernels {mode} ms"] = round(spent, 3)
     flops = 4 * shape.head_dim * shape.num_heads * attended_pairs(shape, length)
     row["useful TFLOP/s forward"] = round(flops / row["sparsek forward ms"] / 1e9, 1)
     row["selection share of forward"] = round(row["selection ms"] / row["sparsek forward ms"], 3)

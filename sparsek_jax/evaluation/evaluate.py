@@ -160,7 +160,7 @@ def _measure(
     """Nats of every target, and the sums of every SparseK layer's gates."""
     model = nnx.merge(graphdef, params)
     hidden, scores = hidden_states(model, batch, packing=packing, sharding=rows, return_scores=True)
-    nats, _ = token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
+    nats, _ = token_nats(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
     valid = batch["loss_mask"] > 0
     sums = {
         layer: gate_sums(

@@ -129,8 +129,12 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float32[Array, "... V"]:
         """Output projection of hidden states, accumulated in float32."""
-        table = self.embedding if self.output is None else self.output
-        return einsum_f32("...d,vd->...v", hidden, table[...].astype(hidden.dtype))
+        return output_logits(self.output_table, hidden)
+
+    @property
+    def output_table(self) -> Float32[Array, "V D"]:
+        """The output projection."""
+        return (self.embedding if self.output is None else self.output)[...]
 
     def hidden(
         self,
@@ -206,6 +210,13 @@ class Decoder(nnx.Module):
                     scores[i] = block_scores
         x = self.final_norm(x).astype(self.config.dtype)
         return (x, dict(sorted(scores.items()))) if return_scores else x
+
+
+def output_logits(
+    table: Float[Array, "V D"], hidden: Float[Array, "... D"]
+) -> Float32[Array, "... V"]:
+    """Products of hidden states with every row of the table, in hidden's precision."""
+    return einsum_f32("...d,vd->...v", hidden, table.astype(hidden.dtype))
 
 
 def _apply(graphdef, state, x, *, positions, segment_ids, sharding):

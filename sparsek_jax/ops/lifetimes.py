@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int32
+
+from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 
 class Lifetimes(NamedTuple):
-    """Of every key of one row.
+    """Of every key of every row.
 
     Attributes:
       until: First query that does not attend to the key any more; the end of its document, if it is
@@ -22,66 +25,71 @@ class Lifetimes(NamedTuple):
       slot: The key's place among the k selected keys, from 0, while it is selected.
     """
 
-    until: Int32[Array, " T"]
-    slot: Int32[Array, " T"]
+    until: Int32[Array, "R T"]
+    slot: Int32[Array, "R T"]
 
 
 def key_lifetimes(
-    kth: Int32[Array, " T"],
-    start: Int32[Array, " T"],
-    end: Int32[Array, " T"],
+    kth: Int32[Array, "R M"],
+    start: Int32[Array, "R M"],
+    end: Int32[Array, "R M"],
     *,
     num_selected: int,
-    window: int,
 ) -> Lifetimes:
-    """Follows every key from its entry into the pool.
+    """Follows every key from its entry into the pool; time is told by the keys that enter.
 
     Args:
-      kth: Position of the k-th key of every query's pool; anything where there are fewer than k.
-      start: First position of every position's document.
-      end: Position after the last of every position's document.
+      kth: The k-th key of the pool when each key has entered; anything where there are fewer.
+      start: First key of every key's document.
+      end: Key after the last of every key's document.
       num_selected: k.
-      window: w.
+
+    Returns:
+      Lifetimes, `until` as the key at whose entry this one is dropped, or the end of the document.
     """
-    (length,) = kth.shape
-    position = jnp.arange(length, dtype=jnp.int32)
-    newcomer = position - window
-    exceeds = newcomer - start + 1 > num_selected
-    previous_kth = jnp.concatenate([kth[:1], kth[:-1]])
+    row = rows_of(kth)
+    newcomer = jnp.arange(kth.shape[1], dtype=jnp.int32)
+    exceeds = newcomer - start >= num_selected
+    previous_kth = jnp.concatenate([kth[:, :1], kth[:, :-1]], axis=1)
     rejected = kth == previous_kth
 
     dropped = jnp.where(rejected, newcomer, previous_kth)
-    until = end.at[jnp.where(exceeds, dropped, length)].set(position, mode="drop")
+    until = scatter(end, (row, dropped), newcomer, where=exceeds)
 
-    # A key's predecessor in its slot, itself for the first. Repeated squaring reaches the first.
-    entry = jnp.minimum(position + window, length - 1)
-    displaces = (position + window < end) & (exceeds & ~rejected)[entry]
-    first = jnp.where(displaces, previous_kth[entry], position)
-    for _ in range(length.bit_length()):
-        first = first[first]
+    # A key's predecessor in its slot, itself for the first. Every round goes four times as far.
+    first = jnp.where(exceeds & ~rejected, previous_kth, newcomer)
+    for _ in range(-(-kth.shape[1].bit_length() // 2)):
+        fourth = first
+        for _ in range(3):
+            fourth = gather(first, row, fourth)
+        first = fourth
     return Lifetimes(until, first - start)
 
 
 def chunk_lists(
     lifetimes: Lifetimes, *, num_selected: int, window: int, chunk_size: int
-) -> Int32[Array, "chunks k"]:
+) -> Int32[Array, "R chunks k"]:
     """Lists every key that a chunk's first query has selected at its slot; -1 elsewhere.
 
     Args:
-      lifetimes: Of one row.
+      lifetimes: Of all keys.
       num_selected: k, at most T.
       window: w.
       chunk_size: Queries per chunk.
     """
     until, slot = lifetimes
-    (length,) = until.shape
+    num_rows, length = until.shape
+    row = rows_of(until)
     num_chunks = -(-length // chunk_size)
     position = jnp.arange(length, dtype=jnp.int32)
     chunk = (position + window + chunk_size - 1) // chunk_size
     is_listed = chunk * chunk_size < until
-    newest = jnp.full((num_chunks, num_selected), -1, jnp.int32)
-    newest = newest.at[jnp.where(is_listed, chunk, num_chunks), slot].max(position, mode="drop")
-    occupant = jax.lax.cummax(newest, axis=0)
-    first_query = chunk_size * jnp.arange(num_chunks, dtype=jnp.int32)[:, None]
-    alive = (occupant >= 0) & (until[jnp.maximum(occupant, 0)] > first_query)
-    return jnp.where(alive, occupant, -1)
+    flat = (row * num_chunks + chunk) * num_selected + slot
+    newest = jnp.full((num_rows * num_chunks * num_selected,), -1, jnp.int32)
+    newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(
+        jnp.broadcast_to(position, flat.shape), mode="drop"
+    )
+    occupant = jax.lax.cummax(newest.reshape(num_rows, num_chunks, num_selected), axis=1)
+    first_query = chunk_size * np.arange(num_chunks, dtype=np.int32)[:, None]
+    ends = gather(until, row[..., None], jnp.maximum(occupant, 0))
+    return jnp.where((occupant >= 0) & (ends > first_query), occupant, -1)

@@ -11,7 +11,6 @@ A key of a list gets one gradient a chunk; these are added up in order along its
 keeps from chunk to chunk, so the result is deterministic.
 """
 
-import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
+from sparsek_jax.ops.block_config import BlockConfig, KernelConfigs, tuned
 from sparsek_jax.ops.selection import select
 from sparsek_jax.ops.tracing import varying_like
 
@@ -40,29 +40,6 @@ _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """Sizes of one kernel's tiles.
-
-    Attributes:
-      columns: Of a tile: keys in the forward and query kernels, queries in the key kernel.
-      stages: Tiles in flight.
-    """
-
-    columns: int
-    stages: int
-
-    def __post_init__(self):
-        if self.columns not in (64, 128):
-            raise ValueError(f"columns={self.columns} must be 64 or 128")
-        if self.stages < 2:
-            raise ValueError(f"stages={self.stages} must be at least 2")
-
-
-_FORWARD = BlockConfig(columns=128, stages=2)
-_BACKWARD = BlockConfig(columns=64, stages=2)
-
-
 class _Settings(NamedTuple):
     chunk_size: int
     list_size: int
@@ -70,6 +47,7 @@ class _Settings(NamedTuple):
     scale: float
     soft: bool
     packed: bool
+    configs: KernelConfigs
 
 
 class _Keys(NamedTuple):
@@ -135,7 +113,8 @@ def _gates(settings, kind, query, key, *, with_interior=False) -> _Gates:
     attended = query_position < until
     distance = score - tau
     gate = jnp.minimum(distance, 1.0) if settings.soft else None
-    interior = (distance > 0.0) & (distance < 1.0) if with_interior else None
+    # A NaN is interior, so that it shows in the scores' gradient.
+    interior = ~((distance <= 0.0) | (distance >= 1.0)) if with_interior else None
     if kind == "slab":
         attended &= query_position >= key_position
         in_pool = query_position >= key_position + settings.window
@@ -798,8 +777,11 @@ def sparsek_attention_mosaic_gpu(
     gating: str,
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
+    configs: KernelConfigs | None = None,
 ) -> Float[Array, "B T N H"]:
     """`sparsek_attention` by GPU kernels; arguments as there, already checked.
+
+    `configs` are tile sizes, None the tuned ones.
 
     Raises:
       NotImplementedError: The kernels do not support the dtype or head size.
@@ -826,6 +808,7 @@ def sparsek_attention_mosaic_gpu(
         scale=scale,
         soft=gating == "soft",
         packed=segment_ids is not None,
+        configs=configs or tuned(head_dim),
     )
     arrays = jax.tree.map(
         lambda x: varying_like(x, *jax.tree.leaves((query, key, value, arrays))),
@@ -891,7 +874,7 @@ def _attend(settings, query, key, value, score, tau, lifetimes, candidates):
 
 def _attend_fwd(settings, query, *arguments):
     rows, lists, tau, _ = _inputs(settings, *arguments)
-    out, lse = _forward(settings, _FORWARD, query, rows, lists, tau)
+    out, lse = _forward(settings, settings.configs.forward, query, rows, lists, tau)
     return out, (query, *arguments, out, lse)
 
 
@@ -903,9 +886,10 @@ def _attend_bwd(settings, residuals, d_out):
     rows, lists, tau, candidates = _inputs(settings, *arguments)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     outcome = _Outcome(d_out, lse, _padded_rows(delta, tau.shape[2], 0.0), tau)
-    d_query, d_tau = _query_backward(settings, _BACKWARD, query, rows, lists, outcome)
-    of_slab = _key_backward(settings, _BACKWARD, query, rows, outcome, listed=False)
-    of_lists = _key_backward(settings, _BACKWARD, query, lists, outcome, listed=True)
+    configs = settings.configs
+    d_query, d_tau = _query_backward(settings, configs.by_query, query, rows, lists, outcome)
+    of_slab = _key_backward(settings, configs.by_key, query, rows, outcome, listed=False)
+    of_lists = _key_backward(settings, configs.by_key, query, lists, outcome, listed=True)
     d_key, d_value = of_slab[:2]
     d_score = jnp.swapaxes(of_slab[2], 1, 2)
 

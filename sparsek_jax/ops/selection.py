@@ -3,32 +3,21 @@
 For query t the pool is the contiguous range of keys `document_start(t) <= j <= t - w`. Two numbers
 per query describe its whole selection: the k-th key of the pool (the cutoff) and the threshold tau
 of its SparseK projection. Both are questions about the sorted scores of a contiguous range, so all
-queries find theirs at once by walking one sorted tree, a wavelet matrix:
-
-  * clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x). Let every key contribute the breakpoint u
-    with weight +1 and the breakpoint u - 1 with weight -1. Then the sum over the
-    pool of clip(u - x, 0, 1) is f(x) = sum of weight * (b - x) over the breakpoints b > x:
-    piecewise linear, falling, with f(tau) = k.
-  * Sort all breakpoints. The wavelet matrix stores the sorted ranks in order of position and splits
-    them bit by bit, so that count and sum over "range of positions" x "larger half of a node" are
-    differences of prefix sums.
-  * Every query descends one bit a level, towards the piece of f on which it crosses k, and solves
-    that piece.
-
-Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
-another one's rounding.
+queries find theirs at once by walking one tree of sorted scores (ops/descent.py).
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from sparsek_jax.ops.descent import thresholds_of_prefixes
+from sparsek_jax.ops.indexing import gather, rows_of, scatter
 from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
 from sparsek_jax.ops.pruning import capacity, may_matter
 from sparsek_jax.ops.tracing import computed_once, varying_like
@@ -129,20 +118,19 @@ def select(
         return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores.astype(jnp.float32)), start)
-    documents = (start, end)
-    *thresholds, kth = _thresholds(
-        num_selected, sliding_window, jnp.swapaxes(scores, 1, 2), documents
+    settings = _Settings(num_selected, sliding_window, segment_ids is not None)
+    by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
+    documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
+    cutoff_score, cutoff_index, tau, lifetimes = _thresholds(settings, by_row, documents)
+    candidates = chunk_lists(
+        lifetimes, num_selected=num_selected, window=sliding_window, chunk_size=chunk_size
     )
+    selection = (cutoff_score, cutoff_index, tau, lifetimes, candidates)
 
-    def lives(kth, start, end):
-        lifetimes = key_lifetimes(kth, start, end, num_selected=num_selected, window=sliding_window)
-        candidates = chunk_lists(
-            lifetimes, num_selected=num_selected, window=sliding_window, chunk_size=chunk_size
-        )
-        return lifetimes, candidates
+    def unfold(x):
+        return jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
 
-    selection = (*thresholds, *_by_row(lives, (kth,), documents))
-    return Selection(*jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), selection), chunk_size)
+    return Selection(*jax.tree.map(unfold, selection), chunk_size)
 
 
 def check_selection_arguments(
@@ -227,86 +215,109 @@ def first_query(
     return jax.lax.fori_loop(0, length.bit_length(), halve, (begin, end))[0]
 
 
-def _by_row(function: Callable, rows: tuple, documents: tuple) -> Any:
-    """Maps a function over the rows of arrays `[B, K, ...]`, which share documents `[B, T]`."""
-
-    def of_sequence(rows, documents):
-        return jax.vmap(lambda row: function(*row, *documents))(rows)
-
-    return jax.vmap(of_sequence)(rows, documents)
+class _Settings(NamedTuple):
+    num_selected: int
+    window: int
+    packed: bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _thresholds(num_selected, window, scores, documents):
-    """Cutoff score and index, tau, and the k-th key of every pool of at least k, `[B, K, T]`."""
-    length = scores.shape[2]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _thresholds(settings, scores, documents):
+    """Cutoff score and index, tau, and every key's lifetime; a row a sequence and KV head."""
+    start, end = documents
+    length = scores.shape[1]
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
-    room = capacity(num_selected, length)
-    search = functools.partial(
-        _by_row, functools.partial(_search, num_selected, window), documents=documents
-    )
+    room = capacity(settings.num_selected, length)
     if room is None:
-        found = search((finite,))
+        found = _search(settings, finite, start, end)
     else:
-        keep = _by_row(lambda u, start, _: may_matter(u, start, num_selected), (finite,), documents)
-        search_kept = functools.partial(
-            _by_row,
-            functools.partial(_search_kept, num_selected, window, room),
-            documents=documents,
+        keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
+            finite, start
         )
         found = jax.lax.cond(
-            jnp.all(jnp.sum(keep, axis=2) <= room),
-            lambda: search_kept((finite, keep)),
-            lambda: search((finite,)),
+            jnp.all(jnp.sum(keep, axis=1) <= room),
+            lambda: _search_kept(settings, room, finite, keep, start, end),
+            lambda: _search(settings, finite, start, end),
         )
-    finish = functools.partial(_finish, num_selected, window)
-    return _by_row(finish, (scores, *found), documents)
+    tau, kth, lifetimes = found
 
-
-# One row: the scores of one sequence and one KV head.
+    stop = _pool_end(settings.window, start)
+    row = rows_of(scores)
+    everything = stop - start <= settings.num_selected
+    cutoff_index = jnp.where(everything, length, kth)
+    bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    has_bad = gather(bad, row, stop) > gather(bad, row, start)
+    poison = jnp.where(has_bad, jnp.nan, 0.0)
+    cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, row, kth)) + poison
+    tau = jnp.where(everything, -jnp.inf, tau) + poison
+    return cutoff_score, cutoff_index, tau, lifetimes
 
 
 def _pool_end(window, start):
     """Position after the last key of every query's pool, which begins at `start`."""
-    return jnp.maximum(jnp.arange(len(start), dtype=jnp.int32) - window + 1, start)
+    return jnp.maximum(jnp.arange(start.shape[1], dtype=jnp.int32) - window + 1, start)
 
 
-def _search(num_selected, window, scores, start, end):
-    """Finds tau of every query whose pool exceeds k, and the k-th key where the pool has one."""
-    del end
-    return _descend(scores, num_selected, start, _pool_end(window, start))
+def _newest(settings, start):
+    """Newest key of every query's pool; 0 if it has none."""
+    return jnp.maximum(_pool_end(settings.window, start) - 1, 0)
 
 
-def _search_kept(num_selected, window, room, scores, keep, start, end):
+def _search(settings, scores, start, end):
+    """Finds tau and k-th key of every query whose pool exceeds k, and all keys' lifetimes."""
+    tau, kth, until, slot = _at_entries(settings, scores, start, end)
+    row, newest = rows_of(scores), _newest(settings, start)
+    until = jnp.where(until == end, end, jnp.minimum(until + settings.window, end))
+    return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
+
+
+def _search_kept(settings, room, scores, keep, start, end):
     """`_search` among the keys marked `keep`, of which there are at most `room`."""
-    del end
-    (length,) = scores.shape
-    before = jnp.pad(jnp.cumsum(keep, dtype=jnp.int32), (1, 0))
-    position = jnp.zeros((room,), jnp.int32)
-    target = jnp.where(keep, before[:length], room)
-    position = position.at[target].set(jnp.arange(length, dtype=jnp.int32), mode="drop")
+    num_rows, length = scores.shape
+    row = rows_of(scores)
+    ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), scores.shape)
+    up_to = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
+    num_kept = up_to[:, -1:]
+    position = jnp.full((num_rows, room), length, jnp.int32)
+    position = scatter(position, (row, up_to - 1), ids, where=keep)
+    # What is left of the room is a document that nobody asks for.
+    is_free = position == length
+    position = jnp.minimum(position, length - 1)
+    if settings.packed:
+        ends = gather(up_to, row, gather(end, row, position) - 1)
+        starts = gather(start, row, position)
+        starts = gather(up_to, row, starts) - gather(keep, row, starts)
+    else:
+        starts, ends = jnp.int32(0), num_kept
+    starts = jnp.where(is_free, num_kept, starts)
+    ends = jnp.where(is_free, room, ends)
+
     # Thresholds change only where a kept key enters, so these are all there are.
-    kept_end = jnp.arange(1, room + 1, dtype=jnp.int32)
-    kept_start = jnp.minimum(before[start[position]], kept_end - 1)
-    tau, kth = _descend(scores[position], num_selected, kept_start, kept_end)
-    newest = jnp.maximum(before[_pool_end(window, start)] - 1, 0)
-    return tau[newest], position[kth][newest]
+    tau, kth, until, slot = _at_entries(settings, gather(scores, row, position), starts, ends)
+    newest = jnp.maximum(gather(up_to, row, _newest(settings, start)) - 1, 0)
+    entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
+    entry = jnp.where(until == ends, length, entry)
+    # All others are dropped when they would enter the pool.
+    until = scatter(ids + settings.window, (row, position), entry, where=~is_free)
+    slot = scatter(jnp.zeros_like(ids), (row, position), slot, where=~is_free)
+    lifetimes = Lifetimes(jnp.minimum(until, end), slot)
+    return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
 
 
-def _finish(num_selected, window, scores, tau, kth, start, end):
-    """Thresholds as `Selection` tells them, from those of `_search`."""
-    del end
-    length = scores.shape[0]
-    stop = _pool_end(window, start)
-    everything = stop - start <= num_selected
-    cutoff_index = jnp.where(everything, length, kth)
-    bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), dtype=jnp.int32), (1, 0))
-    poison = jnp.where(bad[stop] > bad[start], jnp.nan, 0.0)
-    cutoff_score = jnp.where(everything, -jnp.inf, scores[kth]) + poison
+def _at_entries(settings, scores, start, end):
+    """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
+    tau, kth = thresholds_of_prefixes(
+        scores, start, end, settings.num_selected, packed=settings.packed
+    )
+    entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start
+    tau = jnp.where(entered >= settings.num_selected, tau, -jnp.inf)
     # Exact thresholds rise already. The maximum removes the last bit's noise, so that the queries
     # for which a key is interior are one interval to the bit.
-    tau = _running(jnp.maximum, jnp.where(everything, -jnp.inf, tau) + poison, start)
-    return cutoff_score, cutoff_index, tau, kth
+    if settings.packed:
+        tau = jax.vmap(functools.partial(_running, jnp.maximum))(tau, start)
+    else:
+        tau = jax.lax.cummax(tau, axis=1)
+    return tau, kth, *key_lifetimes(kth, start, end, num_selected=settings.num_selected)
 
 
 def _running(
@@ -322,136 +333,15 @@ def _running(
     return jax.lax.associative_scan(combine, (start, x))[1]
 
 
-def _fixed_point(u: Float[Array, " T"], bits: int) -> tuple[Int32[Array, " T"], Int32[Array, " T"]]:
-    """Writes u as `high * 2^-bits + low * 4^-bits`: 0 <= low < 2^bits, high modulo 2^32."""
-    magnitude = jnp.fmod(jnp.abs(u), 2.0 ** (32 - bits)) * 2.0**bits
-    whole = jnp.floor(magnitude)
-    high = whole.astype(jnp.uint32).astype(jnp.int32)
-    low = jnp.floor((magnitude - whole) * 2.0**bits).astype(jnp.int32)
-    borrow = (low > 0).astype(jnp.int32)
-    negative = u < 0
-    return (
-        jnp.where(negative, -high - borrow, high),
-        jnp.where(negative, (borrow << bits) - low, low),
-    )
-
-
-def _descend(u, num_selected, start, stop):
-    """Walks the wavelet matrix of the breakpoints for all queries at once.
-
-    Args:
-      u: Finite scores, `[T]`.
-      num_selected: k.
-      start: `[T]`: first key of every query's pool.
-      stop: `[T]`: position after the last key of every query's pool.
-
-    Returns:
-      tau `[T]`, meaningless where the pool holds no more than k keys, and the position of the k-th
-      key in the selection order `[T]`, meaningless where the pool holds fewer.
-    """
-    (length,) = u.shape
-    size = 2 * length
-    levels = (size - 1).bit_length()
-    # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo
-    # 2^32; only f - k, which fits, is ever read as a number.
-    bits = min(15, 31 - max(length - 1, 1).bit_length())
-    k = min(num_selected, length - 1)
-
-    breakpoints = jnp.stack([u, u - 1.0], -1).reshape(size)
-    order = jnp.argsort(breakpoints, descending=True, stable=True).astype(jnp.int32)
-    high, low = _fixed_point(u, bits)
-    high = jnp.stack([high, high - (1 << bits)], -1).reshape(size)[order]
-    low = jnp.repeat(low, 2)[order]
-    weight = 1 - 2 * (order % 2)
-    ranks = jnp.arange(size, dtype=jnp.int32)
-    ranks_by_position = jnp.zeros_like(order).at[order].set(ranks, unique_indices=True)
-
-    def step(level, state):
-        sequence, (t_begin, t_end, t_node, t_sums), (q_begin, q_end, q_node, q_left) = state
-        bit = levels - 1 - level
-        in_first_half = (sequence >> bit) & 1 == 0
-        signed = jnp.where(in_first_half, weight[sequence], 0)
-        columns = [
-            in_first_half.astype(jnp.int32),
-            signed,
-            signed * high[sequence],
-            signed * low[sequence],
-        ]
-        prefix = jnp.pad(jnp.cumsum(jnp.stack(columns, -1), axis=0), ((1, 0), (0, 0)))
-        num_first = prefix[size, 0]
-
-        def split(begin, end):
-            at_begin, at_end = prefix[begin], prefix[end]
-            first = (at_begin[:, 0], at_end[:, 0])
-            second = (num_first + begin - first[0], num_first + end - first[1])
-            return first, second, at_end - at_begin
-
-        first, second, inside = split(t_begin, t_end)
-        middle = t_node + (1 << bit)
-        sums = t_sums + inside[:, 1:]
-        go_first = (middle >= size) | exceeds_k(sums, middle)
-        t_state = (
-            jnp.where(go_first, first[0], second[0]),
-            jnp.where(go_first, first[1], second[1]),
-            jnp.where(go_first, t_node, middle),
-            jnp.where(go_first[:, None], t_sums, sums),
-        )
-
-        first, second, inside = split(q_begin, q_end)
-        keys_in_first = (inside[:, 0] + inside[:, 1]) // 2
-        go_first = q_left < keys_in_first
-        q_state = (
-            jnp.where(go_first, first[0], second[0]),
-            jnp.where(go_first, first[1], second[1]),
-            jnp.where(go_first, q_node, q_node + (1 << bit)),
-            jnp.where(go_first, q_left, q_left - keys_in_first),
-        )
-
-        before = prefix[:size, 0]
-        target = jnp.where(in_first_half, before, num_first + ranks - before)
-        sequence = jnp.zeros_like(sequence).at[target].set(sequence, unique_indices=True)
-        return sequence, t_state, q_state
-
-    def excess(sums, rank):
-        """Fixed-point f - k at the breakpoint of a rank, from the sums over the ranks before."""
-        count = sums[:, 0]
-        return sums[:, 1] - count * high[rank] - (k << bits), sums[:, 2] - count * low[rank]
-
-    def exceeds_k(sums, rank):
-        excess_high, excess_low = excess(sums, jnp.minimum(rank, size - 1))
-        carried = excess_high + (excess_low >> bits)
-        return (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
-
-    begin, end, none = 2 * start, 2 * stop, jnp.zeros_like(start)
-    state = (
-        ranks_by_position,
-        (begin, end, none, jnp.zeros((length, 3), jnp.int32)),
-        (begin, end, none, jnp.full_like(start, num_selected - 1)),
-    )
-    state = jax.tree.map(lambda x: varying_like(x, u, start, stop), state)
-    _, (t_begin, t_end, t_node, t_sums), (_, _, q_node, _) = jax.lax.fori_loop(
-        0, levels, step, state
-    )
-
-    # f is at most k at the breakpoint of rank t_node, and linear from it to the next, where it
-    # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.
-    excess_high, excess_low = (x.astype(jnp.float32) for x in excess(t_sums, t_node))
-    missing = -(excess_high * 2.0**-bits + excess_low * 4.0**-bits)
-    count = t_sums[:, 0] + jnp.where(t_end > t_begin, weight[t_node], 0)
-    tau = breakpoints[order[t_node]] - missing / jnp.maximum(count, 1).astype(jnp.float32)
-    return tau, order[jnp.minimum(q_node, size - 1)] // 2
-
-
-def _thresholds_fwd(num_selected, window, scores, documents):
-    outputs = _thresholds(num_selected, window, scores, documents)
+def _thresholds_fwd(settings, scores, documents):
+    outputs = _thresholds(settings, scores, documents)
     return outputs, (scores, outputs[2], documents)
 
 
-def _thresholds_bwd(num_selected, window, residuals, cotangents):
-    del num_selected
+def _thresholds_bwd(settings, residuals, cotangents):
     scores, tau, documents = residuals
-    gradient = functools.partial(_tau_gradient, window)
-    return _by_row(gradient, (scores, tau, cotangents[2]), documents), None
+    gradient = jax.vmap(functools.partial(_tau_gradient, settings.window))
+    return gradient(scores, tau, cotangents[2], *documents), None
 
 
 def _tau_gradient(window, scores, tau, g, start, end):

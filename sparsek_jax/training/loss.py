@@ -1,6 +1,6 @@
 """Hidden states of a batch, and cross-entropy that never holds the logits of all tokens at once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax import nn
+from sparsek_jax.nn.decoder import output_logits
+from sparsek_jax.ops.products import einsum_f32
 
 # The fields of a batch that a model's loss is computed from.
 LOSS_FIELDS = ("inputs", "targets", "positions", "segment_ids", "loss_mask")
@@ -35,7 +37,7 @@ def hidden_states(
 
 
 def token_nats(
-    logits: Callable[[Float[Array, "B c D"]], Float32[Array, "B c V"]],
+    table: Float[Array, "V D"],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     *,
@@ -44,7 +46,7 @@ def token_nats(
     """Negative log-likelihood of every target, in nats, and the logarithm of its normaliser.
 
     Args:
-      logits: Output projection of hidden states.
+      table: Output projection, a row for every token of the vocabulary.
       hidden: Final hidden states.
       targets: Next tokens.
       chunk_size: Positions per row whose logits exist at a time, forward and backward.
@@ -57,17 +59,39 @@ def token_nats(
     padding = -length % chunk_size
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-
-    @jax.checkpoint
-    def chunk(inputs):
-        hidden, targets = inputs
-        scores = logits(hidden)
-        log_z = jax.nn.logsumexp(scores, axis=-1)
-        return log_z - jnp.take_along_axis(scores, targets[..., None], axis=-1)[..., 0], log_z
-
     chunks = (
         jnp.moveaxis(hidden.reshape(batch, -1, chunk_size, width), 1, 0),
         jnp.moveaxis(targets.reshape(batch, -1, chunk_size), 1, 0),
     )
-    nats, log_z = jax.lax.map(chunk, chunks)
+    nats, log_z = jax.lax.map(lambda chunk: _chunk_nats(table, *chunk), chunks)
     return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in (nats, log_z))
+
+
+@jax.custom_vjp
+def _chunk_nats(table, hidden, targets):
+    """`token_nats` of one chunk; the logits are computed again for the gradient."""
+    logits = output_logits(table, hidden)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+
+
+def _chunk_nats_fwd(table, hidden, targets):
+    nats, log_z = _chunk_nats(table, hidden, targets)
+    return (nats, log_z), (table, hidden, targets, log_z)
+
+
+def _chunk_nats_bwd(residuals, cotangents):
+    table, hidden, targets, log_z = residuals
+    d_nats, d_log_z = cotangents
+    probability = jnp.exp(output_logits(table, hidden) - log_z[..., None])
+    is_target = targets[..., None] == jnp.arange(table.shape[0], dtype=targets.dtype)
+    d_logits = (d_nats + d_log_z)[..., None] * probability
+    d_logits -= jnp.where(is_target, d_nats[..., None], 0.0)
+    # In the precision of the model, products run at full speed and logits are read half as often.
+    d_logits = d_logits.astype(hidden.dtype)
+    d_hidden = einsum_f32("...v,vd->...d", d_logits, table.astype(hidden.dtype))
+    d_table = einsum_f32("btv,btd->vd", d_logits, hidden)
+    return d_table.astype(table.dtype), d_hidden.astype(hidden.dtype), None
+
+
+_chunk_nats.defvjp(_chunk_nats_fwd, _chunk_nats_bwd)

@@ -209,7 +209,7 @@ def train_step(
 
 def _nats(model, batch, config, loss_chunk, rows):
     hidden = hidden_states(model, batch, packing=config.data.packing, sharding=rows)
-    return token_nats(model.logits, hidden, batch["targets"], chunk_size=loss_chunk)
+    return token_nats(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
 
 
 def _init(config, model_config, optimizer):

@@ -16,9 +16,10 @@ from jax.sharding import PartitionSpec as P
 
 from sparsek_jax import sparsek_attention
 from sparsek_jax.ops import mosaic_gpu
+from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
 
 CONFIG = mosaic_gpu._Settings(
-    chunk_size=128, list_size=100, window=20, scale=0.3, soft=True, packed=False
+    chunk_size=128, list_size=100, window=20, scale=0.3, soft=True, packed=False, configs=tuned(64)
 )
 
 
@@ -219,4 +220,9 @@ def test_says_what_it_does_not_support(dtype, head_dim, reason):
 )
 def test_impossible_blocks_are_refused(columns, stages, message):
     with pytest.raises(ValueError, match=message):
-        mosaic_gpu.BlockConfig(columns=columns, stages=stages)
+        BlockConfig(columns=columns, stages=stages)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+def test_every_head_size_has_configs(head_dim):
+    assert tuned(head_dim) is TUNED[64 if head_dim <= 64 else 128]
