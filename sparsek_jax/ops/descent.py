@@ -8,8 +8,8 @@ breakpoints b > x: piecewise linear and falling.
 All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
 its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
-in between are added on the spot.
+of a node" x "the first so many of its children". Sums are stored for every second breakpoint; one
+in between is added on the spot.
 
 Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
 another one's rounding.
@@ -26,11 +26,10 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
-_STRIDE_BITS = 2  # 4 breakpoints between stored sums; fewer than a node has
 
-# What is summed over breakpoints, on the first axis of `columns`: keys they open, keys they close,
-# and their weighted values in fixed point, as high and low parts.
-_OPENED, _CLOSED, _HIGH, _LOW = range(4)
+# What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
+# they open (the others close one), and their weighted values in fixed point, as high and low parts.
+_COUNT, _OPENED, _HIGH, _LOW = range(4)
 
 
 def fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], Int32[Array, "*n"]]:
@@ -56,53 +55,38 @@ class _Level(NamedTuple):
     shift: int
     digit: Int32[Array, "R n"]  # the child that a breakpoint is in
     values: Int32[Array, "columns R n"]
-    # Of blocks of 2^_STRIDE_BITS breakpoints and those before: of the children before child 1, 2,
-    # ..., the last.
-    sums: Int32[Array, "columns children R blocks"]
+    # Over the pairs of breakpoints of a node up to this one: of those in the children before child
+    # 1, 2, ..., the last.
+    sums: Int32[Array, "columns children R pairs"]
 
-    def before(self, columns, row, base, count, child):
-        """Sums over the first `count` breakpoints of nodes, in children before `child`.
+    def before(self, column, row, base, count, child):
+        """Sum over the first `count` breakpoints of nodes, in children before `child`.
 
         Args:
-          columns: Which.
+          column: Which.
           row: Of the query.
           base: First rank of the node.
           count: How many of its breakpoints, in order of position.
           child: 1 to the last.
-
-        Returns:
-          A list, by column.
         """
-        end = base + count
-        block, first_block = end >> _STRIDE_BITS, base >> _STRIDE_BITS
-        totals = []
-        for column in columns:
-            total = self._stored(column, child, row, block)
-            totals.append(total - self._stored(column, child, row, first_block))
-        for i in range((1 << _STRIDE_BITS) - 1):
-            at = (block << _STRIDE_BITS) + i
-            inside = at < end
-            at = jnp.where(inside, at, 0)
-            counts = inside & (gather(self.digit, row, at) < child)
-            for n, column in enumerate(columns):
-                totals[n] += jnp.where(counts, gather(self.values, column, row, at), 0)
-        return totals
-
-    def _stored(self, column, child, row, block):
-        stored = gather(self.sums, column, child - 1, row, jnp.maximum(block - 1, 0))
-        return jnp.where(block > 0, stored, 0)
+        pairs = count >> 1
+        stored = gather(self.sums, column, child - 1, row, (base >> 1) + jnp.maximum(pairs - 1, 0))
+        last = base + jnp.maximum(count - 1, 0)
+        counts = ((count & 1) == 1) & (gather(self.digit, row, last) < child)
+        single = gather(self.values, column, row, last)
+        return jnp.where(pairs > 0, stored, 0) + jnp.where(counts, single, 0)
 
 
 def _make_level(ranks, by_rank, shift: int) -> _Level:
-    digit = (ranks >> shift) & ((1 << _DIGIT_BITS) - 1)
+    digit = (ranks >> shift) & len(_CHILDREN)
     column = np.arange(4, dtype=np.int32)[:, None, None]
     values = gather(by_rank, column, rows_of(ranks), ranks)
     child = _CHILDREN[:, None, None]
-    blocks = jnp.zeros((), jnp.int32)
-    for i in range(1 << _STRIDE_BITS):
-        every = slice(i, None, 1 << _STRIDE_BITS)
-        blocks += jnp.where(digit[:, every] < child, values[:, None, :, every], 0)
-    return _Level(shift, digit, values, jnp.cumsum(blocks, axis=3))
+    pairs = sum(jnp.where(digit[:, i::2] < child, values[:, None, :, i::2], 0) for i in range(2))
+    node = min(1 << (shift + _DIGIT_BITS - 1), pairs.shape[3])
+    pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, -pairs.shape[3] % node)))
+    sums = jnp.cumsum(pairs.reshape(*pairs.shape[:3], -1, node), axis=4)
+    return _Level(shift, digit, values, sums.reshape(pairs.shape))
 
 
 def _partition(level: _Level, ranks):
@@ -114,12 +98,46 @@ def _partition(level: _Level, ranks):
     last = len(_CHILDREN)
 
     def before(child):
-        columns = level.before((_OPENED, _CLOSED), row, base, count, jnp.clip(child, 1, last))
-        return jnp.where(child == 0, 0, jnp.where(child > last, count, sum(columns)))
+        inside = level.before(_COUNT, row, base, count, jnp.clip(child, 1, last))
+        return jnp.where(child == 0, 0, jnp.where(child > last, count, inside))
 
     child_base = ranks >> level.shift << level.shift
     target = child_base + before(level.digit + 1) - before(level.digit)
     return scatter(jnp.zeros_like(ranks), (row, target), ranks)
+
+
+class _Walk(NamedTuple):
+    """Where queries are on their way to a rank."""
+
+    base: Int32[Array, "R M"]  # first rank of the node
+    count: Int32[Array, "R M"]  # how many of its breakpoints are in the pool
+
+
+def _step(level: _Level, row, walk: _Walk, is_before, size: int):
+    """One level further.
+
+    Args:
+      level: The level.
+      row: Of the queries.
+      walk: Where they are.
+      is_before: Whether the rank that they go to lies before that of a child's first breakpoint;
+        of the child's number, 1 to the last, on an axis in front.
+      size: Number of ranks.
+
+    Returns:
+      Where they are then, and the number of the child, 0 to the last.
+    """
+    last = len(_CHILDREN)
+    child = _CHILDREN[:, None, None]
+    beyond = walk.base + (child << level.shift) >= size
+    goes = jnp.sum(~(is_before(child) | beyond), axis=0, dtype=jnp.int32)
+
+    def count_before(child):
+        return level.before(_COUNT, row, *walk, child)
+
+    start = jnp.where(goes > 0, count_before(jnp.maximum(goes, 1)), 0)
+    end = jnp.where(goes < last, count_before(jnp.minimum(goes + 1, last)), walk.count)
+    return _Walk(walk.base + (goes << level.shift), end - start), goes
 
 
 def thresholds_of_prefixes(
@@ -144,14 +162,7 @@ def thresholds_of_prefixes(
       the order (score descending, index ascending), meaningless where it holds fewer.
     """
     num_rows, length = u.shape
-    if odd := length % 2:
-        # An even number of keys fills whole blocks.
-        u = jnp.pad(u, ((0, 0), (0, 1)))
-        start, end = (
-            jnp.pad(x, ((0, 0), (0, 1)), constant_values=length + i)
-            for i, x in enumerate((start, end))
-        )
-    size = 2 * u.shape[1]
+    size = 2 * length
     depth = -(-max((size - 1).bit_length(), 1) // _DIGIT_BITS)
     # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo
     # 2^32; only f - k, which fits, is ever read as a number.
@@ -163,67 +174,66 @@ def thresholds_of_prefixes(
     row = rows_of(u)
     # Stable, so ties stay in order of position.
     keys = (-breakpoints,)
-    if packed or odd:
+    if packed:
         keys = (jnp.repeat(start, 2, axis=1), *keys)
     *_, order = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
     ranks = scatter(jnp.zeros_like(order), (row, order), ids)
     weight = 1 - 2 * (order & 1)
     high, low = fixed_point(gather(u, row, order >> 1), bits)
     high -= (order & 1) << bits
-    by_rank = jnp.stack([weight == 1, weight == -1, weight * high, weight * low])
+    by_rank = jnp.stack([jnp.ones_like(order), (order & 1) ^ 1, weight * high, weight * low])
 
-    # Two walks: one to the piece of f, one to the k-th key.
-    is_tau = np.array([True, False])[:, None, None]
     first, stop = 2 * start, 2 * end
+    entered = jnp.broadcast_to(2 * jnp.arange(1, size // 2 + 1, dtype=jnp.int32), u.shape)
+    to_tau = to_kth = _Walk(jnp.zeros_like(entered), entered)
     # The breakpoints of earlier documents come first in every sum; each key's add up to one.
-    base = jnp.zeros((2, num_rows, size // 2), jnp.int32)
-    count = base + 2 * jnp.arange(1, size // 2 + 1, dtype=jnp.int32)
-    sums = [base - start, base - start, base - (start << bits), base]
+    sums = [-2 * start, -start, -(start << bits), jnp.zeros_like(start)]
+    sums = [jnp.broadcast_to(x, u.shape) for x in sums]
+    opened = sums[_OPENED]
 
     def excess(sums, rank):
         """Fixed-point f - k at the breakpoint of a rank, from the sums over those before."""
         rank = jnp.minimum(rank, size - 1)
-        signed_high, signed_low = (gather(by_rank, i, row, rank) for i in (_HIGH, _LOW))
-        sign = 1 - 2 * gather(by_rank, _CLOSED, row, rank)
-        slope = sums[_OPENED] - sums[_CLOSED]
+        slope = 2 * sums[_OPENED] - sums[_COUNT]
         return (
-            sums[_HIGH] - slope * sign * signed_high - (k << bits),
-            sums[_LOW] - slope * sign * signed_low,
+            sums[_HIGH] - slope * gather(high, row, rank) - (k << bits),
+            sums[_LOW] - slope * gather(low, row, rank),
         )
 
-    def exceeds_k(sums, rank):
-        excess_high, excess_low = excess(sums, rank)
-        carried = excess_high + (excess_low >> bits)
-        exceeds = (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
-        return (rank > first) & ((rank >= stop) | exceeds)
-
-    last = len(_CHILDREN)
-    child = _CHILDREN[:, None, None, None]
     for i in reversed(range(depth)):
         level = _make_level(ranks, by_rank, _DIGIT_BITS * i)
-        inside = level.before(range(4), row, base, count, child)
-        before = [x + y for x, y in zip(sums, inside, strict=True)]
-        edge = base + (child << level.shift)
-        stays = jnp.where(is_tau, exceeds_k(before, edge), before[_OPENED] >= num_selected)
-        goes = jnp.sum(~(stays | (edge >= size)), axis=0, dtype=jnp.int32)
 
-        before = level.before(range(4), row, base, count, jnp.maximum(goes, 1))
-        before = [jnp.where(goes > 0, x, 0) for x in before]
-        after = sum(level.before(range(2), row, base, count, jnp.minimum(goes + 1, last)))
-        count = jnp.where(goes < last, after, count) - before[_OPENED] - before[_CLOSED]
-        sums = [x + y for x, y in zip(sums, before, strict=True)]
-        base += goes << level.shift
+        def sums_before(child, level=level, sums=sums, walk=to_tau):
+            return [x + level.before(c, row, *walk, child) for c, x in enumerate(sums)]
+
+        def exceeds_k(child, level=level, walk=to_tau, sums_before=sums_before):
+            rank = walk.base + (child << level.shift)
+            excess_high, excess_low = excess(sums_before(child), rank)
+            carried = excess_high + (excess_low >> bits)
+            exceeds = (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
+            return (rank > first) & ((rank >= stop) | exceeds)
+
+        def holds_k(child, level=level, walk=to_kth, opened=opened):
+            return opened + level.before(_OPENED, row, *walk, child) >= num_selected
+
+        walk, goes = _step(level, row, to_tau, exceeds_k, size)
+        before = sums_before(jnp.maximum(goes, 1))
+        sums = [jnp.where(goes > 0, x, y) for x, y in zip(before, sums, strict=True)]
+        to_tau = walk
+        walk, goes = _step(level, row, to_kth, holds_k, size)
+        before = level.before(_OPENED, row, *to_kth, jnp.maximum(goes, 1))
+        opened += jnp.where(goes > 0, before, 0)
+        to_kth = walk
         if i:
             ranks = _partition(level, ranks)
 
     # f is at most k at the breakpoint of this rank, and linear from it to the next, where it
     # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.
-    rank = base[0]
-    sums = [x[0] for x in sums]
+    rank, inside = to_tau
     excess_high, excess_low = (x.astype(jnp.float32) for x in excess(sums, rank))
     missing = -(excess_high * 2.0**-bits + excess_low * 4.0**-bits)
-    slope = sums[_OPENED] - sums[_CLOSED] + jnp.where(count[0] > 0, gather(weight, row, rank), 0)
+    slope = 2 * sums[_OPENED] - sums[_COUNT] + jnp.where(inside > 0, gather(weight, row, rank), 0)
     tau = gather(breakpoints, row, gather(order, row, rank))
     tau -= missing / jnp.maximum(slope, 1).astype(jnp.float32)
-    kth = gather(order, row, jnp.minimum(base[1], size - 1)) >> 1
-    return tau[:, :length], kth[:, :length]
+    kth = gather(order, row, jnp.minimum(to_kth.base, size - 1)) >> 1
+    return tau, kth
