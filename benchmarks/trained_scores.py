@@ -12,7 +12,7 @@ from absl import app, flags
 from flax import nnx
 
 from sparsek_jax.data import prepare, validation_batches
-from sparsek_jax.ops.pruning import capacity, may_matter
+from sparsek_jax.ops.pruning import capacities, may_matter
 from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import decoder_config
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states
@@ -48,8 +48,8 @@ def main(argv):
     low, middle, high = np.quantile(kept, [0, 0.5, 1])
     print(
         f"{_OUT.value}: step {step}, {rows.shape[0]} heads, {rows.shape[1]:,} tokens; keys that "
-        f"may matter for k={num_selected}: {low:.0f} to {high:.0f}, median {middle:.0f}, of "
-        f"{capacity(num_selected, _LENGTH.value)} that there is room for"
+        f"may matter for k={num_selected}: {low:.0f} to {high:.0f}, median {middle:.0f}; room for "
+        f"{capacities(num_selected, _LENGTH.value)}"
     )
 
 

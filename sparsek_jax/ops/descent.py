@@ -8,8 +8,8 @@ breakpoints b > x: piecewise linear and falling.
 All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
 its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every second breakpoint; one
-in between is added on the spot.
+of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
+in between are added on the spot.
 
 Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
 another one's rounding.
@@ -26,6 +26,8 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
+
+_RUN_BITS = 2  # 4 breakpoints between stored sums, fewer than a node has
 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
 # they open (the others close one), and their weighted values in fixed point, as high and low parts.
@@ -55,9 +57,9 @@ class _Level(NamedTuple):
     shift: int
     digit: Int32[Array, "R n"]  # the child that a breakpoint is in
     values: Int32[Array, "columns R n"]
-    # Over the pairs of breakpoints of a node up to this one: of those in the children before child
+    # Over the runs of breakpoints of a node up to this one: of those in the children before child
     # 1, 2, ..., the last.
-    sums: Int32[Array, "columns children R pairs"]
+    sums: Int32[Array, "columns children R runs"]
 
     def before(self, column, row, base, count, child):
         """Sum over the first `count` breakpoints of nodes, in children before `child`.
@@ -69,12 +71,17 @@ class _Level(NamedTuple):
           count: How many of its breakpoints, in order of position.
           child: 1 to the last.
         """
-        pairs = count >> 1
-        stored = gather(self.sums, column, child - 1, row, (base >> 1) + jnp.maximum(pairs - 1, 0))
-        last = base + jnp.maximum(count - 1, 0)
-        counts = ((count & 1) == 1) & (gather(self.digit, row, last) < child)
-        single = gather(self.values, column, row, last)
-        return jnp.where(pairs > 0, stored, 0) + jnp.where(counts, single, 0)
+        runs = count >> _RUN_BITS
+        last_run = (base >> _RUN_BITS) + jnp.maximum(runs - 1, 0)
+        stored = gather(self.sums, column, child - 1, row, last_run)
+        total = jnp.where(runs > 0, stored, 0)
+        for i in range((1 << _RUN_BITS) - 1):
+            at = base + (runs << _RUN_BITS) + i
+            inside = at < base + count
+            at = jnp.where(inside, at, 0)
+            counts = inside & (gather(self.digit, row, at) < child)
+            total += jnp.where(counts, gather(self.values, column, row, at), 0)
+        return total
 
 
 def _make_level(ranks, by_rank, shift: int) -> _Level:
@@ -82,11 +89,17 @@ def _make_level(ranks, by_rank, shift: int) -> _Level:
     column = np.arange(4, dtype=np.int32)[:, None, None]
     values = gather(by_rank, column, rows_of(ranks), ranks)
     child = _CHILDREN[:, None, None]
-    pairs = sum(jnp.where(digit[:, i::2] < child, values[:, None, :, i::2], 0) for i in range(2))
-    node = min(1 << (shift + _DIGIT_BITS - 1), pairs.shape[3])
-    pairs = jnp.pad(pairs, ((0, 0), (0, 0), (0, 0), (0, -pairs.shape[3] % node)))
-    sums = jnp.cumsum(pairs.reshape(*pairs.shape[:3], -1, node), axis=4)
-    return _Level(shift, digit, values, sums.reshape(pairs.shape))
+    run = 1 << _RUN_BITS
+    short = ((0, 0), (0, -ranks.shape[1] % run))
+    padded_digit, padded = jnp.pad(digit, short), jnp.pad(values, ((0, 0), *short))
+    runs = sum(
+        jnp.where(padded_digit[:, i::run] < child, padded[:, None, :, i::run], 0)
+        for i in range(run)
+    )
+    node = min(1 << (shift + _DIGIT_BITS - _RUN_BITS), runs.shape[3])
+    runs = jnp.pad(runs, ((0, 0), (0, 0), (0, 0), (0, -runs.shape[3] % node)))
+    sums = jnp.cumsum(runs.reshape(*runs.shape[:3], -1, node), axis=4)
+    return _Level(shift, digit, values, sums.reshape(runs.shape))
 
 
 def _partition(level: _Level, ranks):

@@ -12,19 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-_ROUNDS = 5  # each leaves an eighth of the interval
+_ROUNDS = 4  # each leaves an eighth of the interval
 _STRETCHES = 256  # of the shortest kind, at most; what is joined is a table of all pairs
 _MARGIN = 1.001  # what float32 sums may be off by, and more
 
 
-def capacity(num_selected: int, length: int) -> int | None:
-    """How many remaining keys to make room for; None where it would not be worth it.
+def capacities(num_selected: int, length: int) -> list[int]:
+    """How many remaining keys to make room for: usually the first, less often the second.
 
-    A power of two, as sorting takes as long as for the next one.
+    Powers of two, as sorting takes as long as for the next one; none where it would not pay.
     """
     expected = 3 * num_selected * (1 + math.log(max(length / (3 * num_selected), 1)))
     room = _power_of_two(1.25 * expected + _shortest(num_selected, length))
-    return room if 2 * room <= length else None
+    return [x for x in (room, 2 * room) if 2 * x <= length]
 
 
 def _power_of_two(least: float) -> int:

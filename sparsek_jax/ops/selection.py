@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.indexing import gather, rows_of, scatter
 from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
-from sparsek_jax.ops.pruning import capacity, may_matter
+from sparsek_jax.ops.pruning import capacities, may_matter
 from sparsek_jax.ops.tracing import computed_once, varying_like
 
 
@@ -227,18 +227,19 @@ def _thresholds(settings, scores, documents):
     start, end = documents
     length = scores.shape[1]
     finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
-    room = capacity(settings.num_selected, length)
-    if room is None:
-        found = _search(settings, finite, start, end)
-    else:
+    rooms = capacities(settings.num_selected, length)
+    searches = [lambda: _search(settings, finite, start, end)]
+    chosen = 0
+    if rooms:
         keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
             finite, start
         )
-        found = jax.lax.cond(
-            jnp.all(jnp.sum(keep, axis=1) <= room),
-            lambda: _search_kept(settings, room, finite, keep, start, end),
-            lambda: _search(settings, finite, start, end),
-        )
+        num_kept = jnp.max(jnp.sum(keep, axis=1))
+        for room in reversed(rooms):
+            search = functools.partial(_search_kept, settings, room, finite, keep, start, end)
+            searches.append(search)
+        chosen = jnp.sum(num_kept <= np.array(rooms), dtype=jnp.int32)
+    found = jax.lax.switch(chosen, searches)
     tau, kth, lifetimes = found
 
     stop = _pool_end(settings.window, start)
