@@ -1,4 +1,4 @@
-"""Which tile sizes of the GPU kernels are fastest: the source of ops/block_config.py's table.
+"""Which tile sizes of the GPU kernels are fastest, for the table in ops/block_config.py.
 
     python -m benchmarks.tune --tuned_shapes=A,C --length=65536
 
@@ -60,10 +60,10 @@ def candidates(shape) -> dict:
     return programs
 
 
-def compile_or_explain(lowered):
-    """The compiled program, or the first line of why there is none."""
+def compile_or_explain(function, inputs):
+    """The compiled program, or the first line of why there is none: tiles may not fit."""
     try:
-        return lowered.compile()
+        return jax.jit(function, keep_unused=True).lower(*inputs).compile()
     except Exception as error:
         return str(error).splitlines()[0]
 
@@ -77,8 +77,9 @@ def main(argv):
         inputs = make_inputs(SHAPES[name], _LENGTH.value)
         programs = candidates(SHAPES[name])
         with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
-            lowered = [jax.jit(f, keep_unused=True).lower(*inputs) for f in programs.values()]
-            compiled = dict(zip(programs, pool.map(compile_or_explain, lowered), strict=True))
+            explain = functools.partial(compile_or_explain, inputs=inputs)
+            found = pool.map(explain, programs.values())
+            compiled = dict(zip(programs, found, strict=True))
         times = {key: [] for key in programs}
         for _ in range(3):
             for key, executable in compiled.items():

@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels, and which were fastest; `python -m benchmarks.tune` finds them."""
+"""Tile sizes of the GPU kernels; `python -m benchmarks.tune` times others."""
 
 import dataclasses
 
