@@ -26,7 +26,6 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
-
 _RUN_BITS = 2  # 4 breakpoints between stored sums, fewer than a node has
 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
@@ -34,7 +33,7 @@ _RUN_BITS = 2  # 4 breakpoints between stored sums, fewer than a node has
 _COUNT, _OPENED, _HIGH, _LOW = range(4)
 
 
-def fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], Int32[Array, "*n"]]:
+def _fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], Int32[Array, "*n"]]:
     """Writes u as `high * 2^-bits + low * 4^-bits`: 0 <= low < 2^bits, high modulo 2^32."""
     magnitude = jnp.fmod(jnp.abs(u), 2.0 ** (32 - bits)) * 2.0**bits
     whole = jnp.floor(magnitude)
@@ -168,7 +167,8 @@ def thresholds_of_prefixes(
       start: Position of the first key of every key's document.
       end: Position after the document's last key.
       num_selected: k.
-      packed: Whether there may be several documents in a row.
+      packed: Whether to sort by document first. Without, scores must already fall from one document
+        to the next.
 
     Returns:
       tau, meaningless where the pool holds no more than k keys, and the position of the k-th key in
@@ -192,7 +192,7 @@ def thresholds_of_prefixes(
     *_, order = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
     ranks = scatter(jnp.zeros_like(order), (row, order), ids)
     weight = 1 - 2 * (order & 1)
-    high, low = fixed_point(gather(u, row, order >> 1), bits)
+    high, low = _fixed_point(gather(u, row, order >> 1), bits)
     high -= (order & 1) << bits
     by_rank = jnp.stack([jnp.ones_like(order), (order & 1) ^ 1, weight * high, weight * low])
 

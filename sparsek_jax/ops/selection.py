@@ -293,8 +293,11 @@ def _search_kept(settings, room, scores, keep, start, end):
     starts = jnp.where(is_free, num_kept, starts)
     ends = jnp.where(is_free, room, ends)
 
+    # Behind all others when sorted, as its document comes last.
+    kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))
+
     # Thresholds change only where a kept key enters, so these are all there are.
-    tau, kth, until, slot = _at_entries(settings, gather(scores, row, position), starts, ends)
+    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends)
     newest = jnp.maximum(gather(up_to, row, _newest(settings, start)) - 1, 0)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
