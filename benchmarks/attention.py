@@ -19,14 +19,13 @@ import functools
 import json
 import pathlib
 import tempfile
-import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks.inputs import largest_error, random_inputs, with_gradients
+from benchmarks.inputs import largest_error, median_milliseconds, random_inputs, with_gradients
 from sparsek_jax import causal_selection, sparsek_attention
 
 _SHAPES = flags.DEFINE_list("shapes", list("ABCDE"), "Which of the shapes.")
@@ -142,19 +141,8 @@ def programs(shape: Shape, length: int) -> dict:
 
 
 def milliseconds(compiled, inputs) -> float:
-    """Median time of a call, over five runs of as many calls as fill about 50 ms."""
-    jax.block_until_ready(compiled(*inputs))
-    start = time.perf_counter()
-    jax.block_until_ready(compiled(*inputs))
-    calls = int(np.clip(0.05 / (time.perf_counter() - start), 1, 50))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            out = compiled(*inputs)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * float(np.median(times))
+    """Median time of a call."""
+    return median_milliseconds(lambda: compiled(*inputs), jax.block_until_ready)
 
 
 def kernel_milliseconds(compiled, inputs) -> float:

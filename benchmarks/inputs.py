@@ -1,6 +1,8 @@
-"""What benchmarks share: random inputs, gradients, and the error that comes before any timing."""
+"""What benchmarks share: random inputs, gradients, the error that comes first, and timing."""
 
+import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,3 +47,24 @@ def largest_error(actual: Callable, expected: Callable, inputs: Iterable[jax.Arr
         float(np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(np.float64(y)))
         for x, y in zip(found, reference, strict=True)
     )
+
+
+def median_milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
+    """Median time of a call, over five runs of as many calls as fill about 50 ms.
+
+    Args:
+      call: Starts the work, and returns its result.
+      wait: Waits for the result of the last call.
+    """
+    wait(call())
+    start = time.perf_counter()
+    wait(call())
+    calls = int(np.clip(0.05 / (time.perf_counter() - start), 1, 50))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        wait(out)
+        times.append((time.perf_counter() - start) / calls)
+    return 1e3 * float(np.median(times))

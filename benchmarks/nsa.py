@@ -9,15 +9,13 @@ means, without the 512 of the window that SparseK has on top. Both in bfloat16, 
 median of five runs of several calls, in one process. Not a dependency of anything else.
 """
 
-import time
-
 import jax
-import numpy as np
 import torch
 from absl import app, flags
 from fla.ops.nsa import parallel_nsa
 
 from benchmarks.attention import SHAPES, make_inputs, milliseconds, programs
+from benchmarks.inputs import median_milliseconds
 
 _SHAPE = flags.DEFINE_string("shape", "C", "Shape: C, as NSA wants 16 query heads a KV head.")
 _LENGTH = flags.DEFINE_integer("length", 65536, "T.")
@@ -60,25 +58,6 @@ def nsa_functions(shape, length) -> dict:
     }
 
 
-def torch_milliseconds(function) -> float:
-    """As `milliseconds`, of a torch function."""
-    for _ in range(2):
-        function()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    torch.cuda.synchronize()
-    calls = int(np.clip(0.05 / (time.perf_counter() - start), 1, 50))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / calls)
-    return 1e3 * float(np.median(times))
-
-
 def main(argv):
     """Prints a line a direction."""
     if len(argv) > 1:
@@ -93,7 +72,7 @@ def main(argv):
         flush=True,
     )
     for mode in ("forward", "forward+backward"):
-        nsa = torch_milliseconds(theirs[mode])
+        nsa = median_milliseconds(theirs[mode], lambda _: torch.cuda.synchronize())
         compiled = jax.jit(ours[f"sparsek {mode}"], keep_unused=True).lower(*inputs).compile()
         sparsek = milliseconds(compiled, inputs)
         print(

@@ -2,8 +2,7 @@
 
     python -m benchmarks.tune --tuned_shapes=A,C --length=65536
 
-Times the operator with each candidate for the forward kernel, and with each pair of candidates'
-sizes for the backward kernels, everything else as tuned. All programs are compiled side by side,
+Times the operator with each candidate for one kernel at a time, everything else as tuned. All programs are compiled side by side,
 then timed one at a time, in turns, so that a drift of the clock meets all alike.
 """
 
@@ -15,7 +14,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.attention import SHAPES, make_inputs, milliseconds, with_gradients
+from benchmarks.attention import SHAPES, make_inputs, milliseconds
+from benchmarks.inputs import with_gradients
 from sparsek_jax.ops.block_config import BlockConfig, tuned
 from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu
 
