@@ -2,8 +2,9 @@
 
     python -m benchmarks.tune --tuned_shapes=A,C --length=65536
 
-Times the operator with each candidate for one kernel at a time, everything else as tuned. All programs are compiled side by side,
-then timed one at a time, in turns, so that a drift of the clock meets all alike.
+Times the operator with each candidate for one kernel at a time, everything else as tuned. All
+programs are compiled side by side, then timed one at a time, in turns, so that a drift of the clock
+meets all alike.
 """
 
 import concurrent.futures
