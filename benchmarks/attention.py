@@ -1,23 +1,27 @@
 """SparseK attention on a GPU beside JAX's cuDNN attention: time, memory, and where the time goes.
 
-    python -m benchmarks.attention --out=results                  # all shapes, T = 4k to 128k
-    python -m benchmarks.attention --shapes=D --lengths=1048576 --dense_limit=0
+    python -m benchmarks.attention --out=results                  # all shapes, T = 4k to 1M
+    python -m benchmarks.attention --shapes=D --lengths=65536 --scores=scores.npy
 
-For every shape and length, bfloat16, batch 1, gaussian scores or those of a trained model
+For every shape and length, bfloat16, batch 1, gaussian scores, and those of a trained model too
 (`--scores`, from benchmarks/trained_scores.py): forward, and forward + backward, of SparseK
 (selection included), of dense causal attention (cuDNN), and of cuDNN attention to a window of the
 same budget k + w, which is what attention without any selection would cost. Nothing is timed before
-output and gradients of the shape equal the float32 reference at a small length. Programs are
-compiled side by side, then timed one at a time: each figure is the median of five runs of several
-calls. Where the time goes: "kernels" are the attention kernels, from a profile; "selection" is
-timed alone; the rest is gathering lists, padding and launches. Writes attention.json and
-attention.png; `--plot_only` draws the latter again.
+output and gradients of the shape equal the float32 reference at a small length. All programs are
+compiled side by side, then timed one at a time: each figure is the median of several runs of
+several calls. Where the forward pass spends its time, from a profile: "kernels" are the attention
+kernels, "gather" is what else is not the selection (gathering lists, padding), "selection" is the
+rest of the measured time, with all launches in it. A program that does not compile or run, for want
+of memory say, has its reason in place of figures. Writes attention.json and attention.png;
+`--plot_only` draws the latter again.
 """
 
 import concurrent.futures
 import functools
 import json
+import os
 import pathlib
+import re
 import tempfile
 from typing import NamedTuple
 
@@ -26,17 +30,22 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks.inputs import largest_error, median_milliseconds, random_inputs, with_gradients
-from sparsek_jax import causal_selection, sparsek_attention
+from sparsek_jax import sparsek_attention
+from sparsek_jax.ops import selection
 
 _SHAPES = flags.DEFINE_list("shapes", list("ABCDE"), "Which of the shapes.")
-_LENGTHS = flags.DEFINE_list("lengths", ["4096", "8192", "16384", "65536", "131072"], "T.")
+_LENGTHS = flags.DEFINE_list(
+    "lengths", ["4096", "8192", "65536", "131072", "262144", "1048576"], "T."
+)
 _DENSE_LIMIT = flags.DEFINE_integer("dense_limit", 262144, "Longest T for dense attention.")
 _SCORES = flags.DEFINE_string(
-    "scores", None, "A .npy file of scores, a row of at least T for every head; gaussian without."
+    "scores", None, "A .npy file of scores, [heads, at least T], to be timed beside gaussian ones."
 )
-_IMPLEMENTATION = flags.DEFINE_string("implementation", "mosaic_gpu", "What is measured.")
 _OUT = flags.DEFINE_string("out", "results", "Directory to write to.")
 _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Draw the results in --out again.")
+
+
+_PARTS = ("kernels", "gather")
 
 
 class Shape(NamedTuple):
@@ -59,19 +68,17 @@ SHAPES = {
 
 
 def make_inputs(shape: Shape, length: int) -> list[jax.Array]:
-    """Random query, key, value, scores and output cotangent; scores from --scores if given."""
-    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    inputs = random_inputs(1, length, *heads, "bfloat16")
-    if _SCORES.value:
-        rows = np.load(_SCORES.value, mmap_mode="r")
-        if rows.ndim != 2 or rows.shape[1] < length:
-            raise app.UsageError(
-                f"--scores={_SCORES.value} holds shape {rows.shape}; expected [heads, T], T at "
-                f"least {length}"
-            )
-        spread = np.linspace(0, len(rows) - 1, shape.num_kv_heads).round().astype(int)
-        inputs[3] = jax.numpy.asarray(rows[spread, :length].T[None], jax.numpy.float32)
-    return inputs
+    """Random query, key, value, scores and output cotangent."""
+    return random_inputs(1, length, shape.num_heads, shape.num_kv_heads, shape.head_dim, "bfloat16")
+
+
+def given_scores(shape: Shape, length: int) -> jax.Array | None:
+    """Scores from --scores, of heads spread over those in the file; None if it has fewer tokens."""
+    rows = np.load(_SCORES.value, mmap_mode="r")
+    if rows.shape[1] < length:
+        return None
+    spread = np.linspace(0, len(rows) - 1, shape.num_kv_heads).round().astype(int)
+    return jax.numpy.asarray(rows[spread, :length].T[None], jax.numpy.float32)
 
 
 def sparse(shape: Shape, implementation: str, query, key, value, scores):
@@ -111,7 +118,7 @@ def error(shape: Shape) -> float:
     """Largest relative error of output and gradients against the float32 reference."""
     small = shape._replace(num_selected=300, sliding_window=200)
     implementations = (
-        functools.partial(sparse, small, name) for name in (_IMPLEMENTATION.value, "reference")
+        functools.partial(sparse, small, name) for name in ("mosaic_gpu", "reference")
     )
     return largest_error(*implementations, make_inputs(small, 1001))
 
@@ -126,14 +133,13 @@ def attended_pairs(shape: Shape, length: int) -> int:
 
 def programs(shape: Shape, length: int) -> dict:
     """Functions of `make_inputs`' arrays, by name."""
-    attend = functools.partial(sparse, shape, _IMPLEMENTATION.value)
-    select = functools.partial(
-        causal_selection, num_selected=shape.num_selected, sliding_window=shape.sliding_window
-    )
-    attentions = {"sparsek": attend, "window": functools.partial(window, shape)}
+    attentions = {
+        "sparsek": functools.partial(sparse, shape, "mosaic_gpu"),
+        "window": functools.partial(window, shape),
+    }
     if length <= _DENSE_LIMIT.value:
         attentions["dense"] = dense
-    result = {"selection": lambda q, k, v, scores, d: select(scores)}
+    result = {}
     for name, function in attentions.items():
         result[f"{name} forward"] = lambda *x, f=function: f(*x[:4])
         result[f"{name} forward+backward"] = with_gradients(function)
@@ -145,8 +151,18 @@ def milliseconds(compiled, inputs) -> float:
     return median_milliseconds(lambda: compiled(*inputs), jax.block_until_ready)
 
 
-def kernel_milliseconds(compiled, inputs) -> float:
-    """Device time of a call's attention kernels, from a profile of three calls."""
+def where_time_goes(compiled, inputs) -> tuple[float, float]:
+    """Device milliseconds of a call's kernels, and of what else is not the selection.
+
+    From a profile of three calls, in which operations have the names of the compiled program's
+    instructions, whose metadata tells which function they come from.
+    """
+    instruction = re.compile(r'^ *(?:ROOT )?%(\S+) = .* metadata={op_name="([^"]*)"', re.MULTILINE)
+    outside = {
+        name.replace(".", "_")
+        for name, source in instruction.findall(compiled.as_text())
+        if source.startswith("jit(") and f"jit({selection.select.__name__})" not in source
+    }
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             for _ in range(3):
@@ -154,51 +170,80 @@ def kernel_milliseconds(compiled, inputs) -> float:
             jax.block_until_ready(out)
         (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    nanoseconds = sum(
-        event.duration_ns
-        for plane in profile.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-        if "mosaic" in event.name
-    )
-    return nanoseconds / 3e6
+    kernels = rest = 0
+    for plane in profile.planes:
+        for line in plane.lines:
+            if "GPU" in plane.name and line.name.startswith("Stream"):
+                for event in line.events:
+                    if "mosaic" in event.name:
+                        kernels += event.duration_ns
+                    elif event.name in outside:
+                        rest += event.duration_ns
+    return kernels / 3e6, rest / 3e6
 
 
-def measure(name: str, length: int) -> dict:
-    """Times every program of one shape and length."""
-    shape = SHAPES[name]
-    inputs = make_inputs(shape, length)
-    lowered = {
-        program: jax.jit(function, keep_unused=True).lower(*inputs)
-        for program, function in programs(shape, length).items()
-    }
-    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-        compiled = dict(
-            zip(lowered, pool.map(lambda x: x.compile(), lowered.values()), strict=True)
-        )
-    scores = pathlib.Path(_SCORES.value).name if _SCORES.value else "gaussian"
-    row = {"shape": name, "length": length, "scores": scores}
+def compile_all(names, lengths) -> dict:
+    """Compiles everything, by (shape, length, program); where that fails, keeps the reason."""
+    lowered = {}
+    for name in names:
+        shape = SHAPES[name]
+        for length in lengths:
+            inputs = jax.eval_shape(functools.partial(make_inputs, shape, length))
+            for program, function in programs(shape, length).items():
+                jitted = jax.jit(function, keep_unused=True)
+                lowered[name, length, program] = jitted.lower(*inputs)
+
+    def compile_or_explain(program):
+        try:
+            return program.compile()
+        except Exception as error:
+            return reason(error)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(compile_or_explain, lowered.values())
+        return dict(zip(lowered, found, strict=True))
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).splitlines()[0][:200]
+
+
+def measure(row: dict, compiled: dict, shape: Shape, inputs: list[jax.Array]) -> None:
+    """Adds figures of the compiled programs to a row."""
     for program, executable in compiled.items():
-        row[f"{program} ms"] = round(milliseconds(executable, inputs), 3)
+        if isinstance(executable, str):
+            row[f"{program} failed"] = executable
+            continue
+        try:
+            row[f"{program} ms"] = round(milliseconds(executable, inputs), 3)
+            if program == "sparsek forward":
+                for part, spent in zip(_PARTS, where_time_goes(executable, inputs), strict=True):
+                    row[f"{part} forward ms"] = round(spent, 3)
+        except jax.errors.JaxRuntimeError as error:
+            row[f"{program} failed"] = reason(error)
+            continue
         memory = executable.memory_analysis()
         used = (
             memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
         )
         row[f"{program} MiB"] = round(used / 2**20, 1)
-    if _IMPLEMENTATION.value == "mosaic_gpu":
-        for mode in ("forward", "forward+backward"):
-            spent = kernel_milliseconds(compiled[f"sparsek {mode}"], inputs)
-            row[f"kernels {mode} ms"] = round(spent, 3)
-    flops = 4 * shape.head_dim * shape.num_heads * attended_pairs(shape, length)
-    row["useful TFLOP/s forward"] = round(flops / row["sparsek forward ms"] / 1e9, 1)
-    row["selection share of forward"] = round(row["selection ms"] / row["sparsek forward ms"], 3)
-    if length <= _DENSE_LIMIT.value:
-        for mode in ("forward", "forward+backward"):
-            ratio = row[f"dense {mode} ms"] / row[f"sparsek {mode} ms"]
-            row[f"speed-up {mode}"] = round(ratio, 2)
-    return row
+
+
+def summarise(row: dict, shape: Shape) -> None:
+    """Adds what follows from a row's figures."""
+    if (forward := row.get("sparsek forward ms")) is None:
+        return
+    flops = 4 * shape.head_dim * shape.num_heads * attended_pairs(shape, row["length"])
+    row["useful TFLOP/s forward"] = round(flops / forward / 1e9, 1)
+    parts = {part: row[f"{part} forward ms"] for part in _PARTS}
+    parts["selection"] = forward - sum(parts.values())
+    for part, spent in parts.items():
+        row[f"{part} share of forward"] = round(spent / forward, 3)
+    for mode in ("forward", "forward+backward"):
+        times = [row.get(f"{name} {mode} ms") for name in ("dense", "sparsek")]
+        if None not in times:
+            row[f"speed-up {mode}"] = round(times[0] / times[1], 2)
 
 
 def plot(results: dict, path: pathlib.Path) -> None:
@@ -208,7 +253,7 @@ def plot(results: dict, path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = results["rows"]
+    rows = [row for row in results["rows"] if row["scores"] == "gaussian"]
     names = sorted({row["shape"] for row in rows})
     figure, axes = plt.subplots(
         2, len(names), figsize=(3.6 * len(names), 6.4), sharex=True, squeeze=False
@@ -246,7 +291,9 @@ def plot(results: dict, path: pathlib.Path) -> None:
             if column == 0:
                 axis.set_ylabel(f"{mode}, ms")
     axes[0, 0].legend(fontsize=8)
-    figure.suptitle(f"{results['device']}, jax {results['jax']}, bfloat16, batch 1")
+    figure.suptitle(
+        f"{results['device']}, jax {results['jax']}, bfloat16, batch 1, gaussian scores"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -264,6 +311,8 @@ def main(argv):
     for name in _SHAPES.value:
         if name not in SHAPES:
             raise app.UsageError(f"--shapes has {name!r}; expected some of {list(SHAPES)}")
+    if _SCORES.value and np.load(_SCORES.value, mmap_mode="r").ndim != 2:
+        raise app.UsageError(f"--scores={_SCORES.value} must hold an array [heads, T]")
     out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0].device_kind
     results = {"device": device, "jax": jax.__version__, "errors": {}, "rows": []}
@@ -274,11 +323,29 @@ def main(argv):
             raise SystemExit(f"shape {name}: error {found:.1e} exceeds 5e-3: nothing is timed")
         results["errors"][name] = float(f"{found:.2e}")
     print(f"{device}, jax {jax.__version__}, errors {results['errors']}", flush=True)
+    lengths = [int(length) for length in _LENGTHS.value]
+    compiled = compile_all(_SHAPES.value, lengths)
     for name in _SHAPES.value:
-        for length in map(int, _LENGTHS.value):
-            row = measure(name, length)
-            results["rows"].append(row)
-            print(json.dumps(row), flush=True)
+        shape = SHAPES[name]
+        for length in lengths:
+            mine = {
+                key[2]: compiled.pop(key) for key in list(compiled) if key[:2] == (name, length)
+            }
+            inputs = make_inputs(shape, length)
+            row = {"shape": name, "length": length, "scores": "gaussian"}
+            measure(row, mine, shape, inputs)
+            found = [row]
+            if _SCORES.value and (scores := given_scores(shape, length)) is not None:
+                inputs[3] = scores
+                # The others do not see the scores.
+                kept = {x: y for x, y in row.items() if not x.startswith(("sparsek", *_PARTS))}
+                found.append({**kept, "scores": pathlib.Path(_SCORES.value).name})
+                ours = {x: y for x, y in mine.items() if x.startswith("sparsek")}
+                measure(found[-1], ours, shape, inputs)
+            for row in found:
+                summarise(row, shape)
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
             path.write_text(json.dumps(results, indent=1) + "\n")
     plot(results, out / "attention.png")
 

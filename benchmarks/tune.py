@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune --tuned_shapes=A,C --length=65536
 
-Times the operator with each candidate for one kernel at a time, everything else as tuned. All
-programs are compiled side by side, then timed one at a time, in turns, so that a drift of the clock
-meets all alike.
+Times the operator, its selection given, with each candidate for one kernel at a time, everything
+else as tuned. All programs are compiled side by side, then timed one at a time, in turns, so that a
+drift of the clock meets all alike.
 """
 
 import concurrent.futures
@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.attention import SHAPES, make_inputs, milliseconds
+from benchmarks.attention import SHAPES, make_inputs, milliseconds, reason
 from benchmarks.inputs import with_gradients
 from sparsek_jax.ops.block_config import BlockConfig, tuned
-from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu
+from sparsek_jax.ops.mosaic_gpu import attend_selected, select_for_kernels
 
 _TUNED_SHAPES = flags.DEFINE_list("tuned_shapes", ["A", "C"], "Which of the shapes.")
 _LENGTH = flags.DEFINE_integer("length", 65536, "T.")
@@ -30,18 +30,26 @@ _CANDIDATES = {
 }
 
 
-def attend(shape, configs, query, key, value, scores):
-    """The operator with given tile sizes."""
-    return sparsek_attention_mosaic_gpu(
+def select(shape, scores):
+    """The operator's selection."""
+    return select_for_kernels(
+        scores, None, num_selected=shape.num_selected, sliding_window=shape.sliding_window
+    )
+
+
+def attend(shape, query, key, value, scores, selection, configs):
+    """The operator from its selection on, with given tile sizes."""
+    return attend_selected(
         query,
         key,
         value,
         scores,
+        selection,
         num_selected=shape.num_selected,
         sliding_window=shape.sliding_window,
         gating="soft",
         scale=shape.head_dim**-0.5,
-        segment_ids=None,
+        packed=False,
         configs=configs,
     )
 
@@ -53,11 +61,14 @@ def candidates(shape) -> dict:
         for size in sizes:
             change = {kernel: BlockConfig(*size)}
             configs = dataclasses.replace(tuned(shape.head_dim), **change)
-            function = functools.partial(attend, shape, configs)
-            if kernel == "forward":
-                programs[kernel, size] = lambda *x, f=function: f(*x[:4])
-            else:
-                programs[kernel, size] = with_gradients(function)
+
+            def run(query, key, value, scores, d_out, selection, kernel=kernel, configs=configs):
+                function = functools.partial(attend, shape, selection=selection, configs=configs)
+                if kernel == "forward":
+                    return function(query, key, value, scores)
+                return with_gradients(function)(query, key, value, scores, d_out)
+
+            programs[kernel, size] = run
     return programs
 
 
@@ -66,7 +77,7 @@ def compile_or_explain(function, inputs):
     try:
         return jax.jit(function, keep_unused=True).lower(*inputs).compile()
     except Exception as error:
-        return str(error).splitlines()[0]
+        return reason(error)
 
 
 def main(argv):
@@ -76,6 +87,7 @@ def main(argv):
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T={_LENGTH.value}", flush=True)
     for name in _TUNED_SHAPES.value:
         inputs = make_inputs(SHAPES[name], _LENGTH.value)
+        inputs.append(jax.jit(functools.partial(select, SHAPES[name]))(inputs[3]))
         programs = candidates(SHAPES[name])
         with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
             explain = functools.partial(compile_or_explain, inputs=inputs)
@@ -88,7 +100,7 @@ def main(argv):
                     try:
                         times[key].append(milliseconds(executable, inputs))
                     except jax.errors.JaxRuntimeError as error:
-                        compiled[key] = str(error).splitlines()[0]
+                        compiled[key] = reason(error)
         for (kernel, size), executable in compiled.items():
             told = executable
             if not isinstance(executable, str):

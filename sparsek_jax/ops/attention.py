@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,8 @@ def sparsek_attention(
       ValueError: A shape or a value does not fit, or no implementation has that name.
       NotImplementedError: The named implementation does not support the call.
     """
-    _check(query, key, value, scores, gating, scale)
+    check_attention_arguments(query, key, value, scores, scale)
+    check_gating(gating)
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
     name = _best(query) if implementation is None else implementation
     if name == "mosaic_tpu":
@@ -146,7 +147,8 @@ def _attention(query, key, value, scores, segment_ids, *, implementation, **sett
     return attend(query, key, value, scores, segment_ids=segment_ids, **settings)
 
 
-def _check(query, key, value, scores, gating, scale) -> None:
+def check_attention_arguments(query: Any, key: Any, value: Any, scores: Any, scale: Any) -> None:
+    """Raises the errors of `sparsek_attention` about its arrays and their scale."""
     for name, array in (("query", query), ("key", key), ("value", value)):
         if jnp.ndim(array) != 4:
             raise ValueError(
@@ -174,7 +176,11 @@ def _check(query, key, value, scores, gating, scale) -> None:
             f"scores has shape {jnp.shape(scores)}, expected {(batch, length, num_kv_heads)} or "
             f"{(batch, length, 1)}"
         )
-    if gating not in GATINGS:
-        raise ValueError(f"gating={gating!r} is unknown; expected one of {list(GATINGS)}")
     if scale is not None and not (jnp.ndim(scale) == 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} must be a finite float or None")
+
+
+def check_gating(gating: Any) -> None:
+    """Raises unless there is a gating of that name."""
+    if gating not in GATINGS:
+        raise ValueError(f"gating={gating!r} is unknown; expected one of {list(GATINGS)}")

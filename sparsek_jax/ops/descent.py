@@ -8,7 +8,7 @@ breakpoints b > x: piecewise linear and falling.
 All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
 its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
+of a node" x "the first so many of its children". Sums are stored for every second breakpoint; those
 in between are added on the spot.
 
 Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
@@ -26,7 +26,7 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
-_RUN_BITS = 2  # 4 breakpoints between stored sums, fewer than a node has
+_RUN_BITS = 1  # 2 breakpoints between stored sums, fewer than a node has
 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
 # they open (the others close one), and their weighted values in fixed point, as high and low parts.
@@ -50,12 +50,15 @@ def _fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], 
 class _Level(NamedTuple):
     """One level of the trees of all rows, breakpoints in order of (node, position).
 
-    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them.
+    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them. A run is as many breakpoints as
+    there is one stored sum for.
     """
 
     shift: int
     digit: Int32[Array, "R n"]  # the child that a breakpoint is in
-    values: Int32[Array, "columns R n"]
+    # Of every run, from the lowest bits: each breakpoint's digit, and whether it opens a key.
+    words: Int32[Array, "R runs"]
+    values: Int32[Array, "2 R n"]  # high and low
     # Over the runs of breakpoints of a node up to this one: of those in the children before child
     # 1, 2, ..., the last.
     sums: Int32[Array, "columns children R runs"]
@@ -71,15 +74,21 @@ class _Level(NamedTuple):
           child: 1 to the last.
         """
         runs = count >> _RUN_BITS
-        last_run = (base >> _RUN_BITS) + jnp.maximum(runs - 1, 0)
-        stored = gather(self.sums, column, child - 1, row, last_run)
+        next_run = (base >> _RUN_BITS) + runs
+        stored = gather(self.sums, column, child - 1, row, jnp.maximum(next_run - 1, 0))
         total = jnp.where(runs > 0, stored, 0)
+        word = gather(self.words, row, jnp.minimum(next_run, self.words.shape[1] - 1))
         for i in range((1 << _RUN_BITS) - 1):
-            at = base + (runs << _RUN_BITS) + i
+            at = (next_run << _RUN_BITS) + i
             inside = at < base + count
-            at = jnp.where(inside, at, 0)
-            counts = inside & (gather(self.digit, row, at) < child)
-            total += jnp.where(counts, gather(self.values, column, row, at), 0)
+            if column == _COUNT:
+                value = 1
+            elif column == _OPENED:
+                value = word >> (_DIGIT_BITS + 1) * i + _DIGIT_BITS & 1
+            else:
+                value = gather(self.values, column - _HIGH, row, jnp.where(inside, at, 0))
+            digit = word >> (_DIGIT_BITS + 1) * i & len(_CHILDREN)
+            total += jnp.where(inside & (digit < child), value, 0)
         return total
 
 
@@ -87,18 +96,21 @@ def _make_level(ranks, by_rank, shift: int) -> _Level:
     digit = (ranks >> shift) & len(_CHILDREN)
     column = np.arange(4, dtype=np.int32)[:, None, None]
     values = gather(by_rank, column, rows_of(ranks), ranks)
-    child = _CHILDREN[:, None, None]
     run = 1 << _RUN_BITS
     short = ((0, 0), (0, -ranks.shape[1] % run))
-    padded_digit, padded = jnp.pad(digit, short), jnp.pad(values, ((0, 0), *short))
-    runs = sum(
-        jnp.where(padded_digit[:, i::run] < child, padded[:, None, :, i::run], 0)
+    digits, columns = jnp.pad(digit, short), jnp.pad(values, ((0, 0), *short))
+    words = sum(
+        (digits[:, i::run] | columns[_OPENED, :, i::run] << _DIGIT_BITS) << (_DIGIT_BITS + 1) * i
         for i in range(run)
+    )
+    child = _CHILDREN[:, None, None]
+    runs = sum(
+        jnp.where(digits[:, i::run] < child, columns[:, None, :, i::run], 0) for i in range(run)
     )
     node = min(1 << (shift + _DIGIT_BITS - _RUN_BITS), runs.shape[3])
     runs = jnp.pad(runs, ((0, 0), (0, 0), (0, 0), (0, -runs.shape[3] % node)))
     sums = jnp.cumsum(runs.reshape(*runs.shape[:3], -1, node), axis=4)
-    return _Level(shift, digit, values, sums.reshape(runs.shape))
+    return _Level(shift, digit, words, values[_HIGH:], sums.reshape(runs.shape))
 
 
 def _partition(level: _Level, ranks):

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.block_config import BlockConfig, KernelConfigs, tuned
-from sparsek_jax.ops.selection import select
+from sparsek_jax.ops.selection import Selection, select
 from sparsek_jax.ops.tracing import varying_like
 
 _ROWS = 64  # of one warpgroup's tile, the height of a wgmma instruction
@@ -788,12 +788,55 @@ def sparsek_attention_mosaic_gpu(
     """
     if reason := unsupported(query):
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
+    selection = select_for_kernels(
+        scores, segment_ids, num_selected=num_selected, sliding_window=sliding_window
+    )
+    return attend_selected(
+        query,
+        key,
+        value,
+        scores,
+        selection,
+        num_selected=num_selected,
+        sliding_window=sliding_window,
+        gating=gating,
+        scale=scale,
+        packed=segment_ids is not None,
+        configs=configs,
+    )
+
+
+def select_for_kernels(
+    scores: Float[Array, "B T K"],
+    segment_ids: Int[Array, "B T"] | None,
+    *,
+    num_selected: int,
+    sliding_window: int,
+) -> Selection:
+    """The selection that `attend_selected` wants."""
+    # A power of two near k, so that lists and slabs are of like size.
+    chunk_size = min(max(1 << (num_selected - 1).bit_length(), _BLOCK), 512)
+    scores = scores.astype(jnp.float32)
+    return select(scores, segment_ids, num_selected, sliding_window, chunk_size)
+
+
+def attend_selected(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    scores: Float[Array, "B T K"],
+    selection: Selection,
+    *,
+    num_selected: int,
+    sliding_window: int,
+    gating: str,
+    scale: float,
+    packed: bool,
+    configs: KernelConfigs | None = None,
+) -> Float[Array, "B T N H"]:
+    """The attention of a selection; `packed`: whether there are segment ids, the rest as above."""
     length, head_dim = query.shape[1], query.shape[3]
     num_kv_heads = key.shape[2]
-    chunk_size = _chunk_size(num_selected)
-    selection = select(
-        scores.astype(jnp.float32), segment_ids, num_selected, sliding_window, chunk_size
-    )
     arrays = (scores, selection.tau, selection.lifetimes, selection.candidates)
     if scores.shape[2] != num_kv_heads:
         arrays = jax.tree.map(lambda x: jnp.repeat(x, num_kv_heads, axis=2), arrays)
@@ -802,12 +845,12 @@ def sparsek_attention_mosaic_gpu(
     widths = ((0, 0), (0, padding), (0, 0), (0, -head_dim % 16))
     query, key, value = (jnp.pad(x, widths) for x in (query, key, value))
     settings = _Settings(
-        chunk_size=chunk_size,
+        chunk_size=selection.chunk_size,
         list_size=num_selected,
         window=sliding_window,
         scale=scale,
         soft=gating == "soft",
-        packed=segment_ids is not None,
+        packed=packed,
         configs=configs or tuned(head_dim),
     )
     arrays = jax.tree.map(
@@ -824,11 +867,6 @@ def unsupported(query: Float[Array, "B T N H"]) -> str | None:
     if query.shape[3] > 128:
         return f"query has head size {query.shape[3]}; expected at most 128"
     return None
-
-
-def _chunk_size(num_selected: int) -> int:
-    """Queries per chunk: a power of two near k, so that lists and slabs are of like size."""
-    return min(max(1 << (num_selected - 1).bit_length(), _BLOCK), 512)
 
 
 def _padded_rows(x, padded, fill):

@@ -174,6 +174,33 @@ def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, pa
     assert module.count("mosaic_gpu_v2") >= 5
 
 
+@pytest.mark.gpu
+def test_addresses_beyond_int32():
+    """A call of 2^31 query elements: its last KV head's share, which is addressed the furthest."""
+    length, heads, kv_heads, size = 262_144, 64, 4, 128
+    group = heads // kv_heads
+    key = jax.random.key(0)
+    query = jax.random.normal(key, (1, length, heads, size), "bfloat16")
+    scores = jax.random.normal(jax.random.key(1), (1, length, kv_heads))
+
+    @jax.jit
+    def run(query, key, value, scores):
+        def attend(*arrays):
+            return sparsek_attention(
+                *arrays, num_selected=64, sliding_window=64, implementation="mosaic_gpu"
+            )
+
+        out, vjp = jax.vjp(attend, query, key, value, scores)
+        return out, *vjp(out)
+
+    arrays = (query, query[:, :, 1::group], query[:, :, 2::group], scores)
+    found = run(*arrays)
+    alone = run(query[:, :, -group:], *(x[:, :, -1:] for x in arrays[1:]))
+    for name, x, y in zip(("out", "dq", "dk", "dv", "dscores"), found, alone, strict=True):
+        assert jnp.array_equal(x[:, :, -y.shape[2] :], y), name
+        assert jnp.any(y[:, -1] != 0), name
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_lowers_inside_shard_map(shared):
     # Types vary over axes of one device too.
