@@ -1,5 +1,23 @@
 """SparseK attention (arXiv 2406.16747) in JAX and Flax."""
 
-from sparsek_jax.ops import Selection, causal_selection, sparsek, sparsek_attention
+from sparsek_jax.ops import (
+    Selection,
+    SparseKCache,
+    causal_selection,
+    extend_cache,
+    init_cache,
+    reset_cache,
+    sparsek,
+    sparsek_attention,
+)
 
-__all__ = ["Selection", "causal_selection", "sparsek", "sparsek_attention"]
+__all__ = [
+    "Selection",
+    "SparseKCache",
+    "causal_selection",
+    "extend_cache",
+    "init_cache",
+    "reset_cache",
+    "sparsek",
+    "sparsek_attention",
+]
