@@ -7,7 +7,7 @@ For every shape and length, bfloat16, batch 1, gaussian scores, and those of a t
 (`--scores`, from benchmarks/trained_scores.py): forward, and forward + backward, of SparseK
 (selection included), of dense causal attention (cuDNN), and of cuDNN attention to a window of the
 same budget k + w, which is what attention without any selection would cost. Nothing is timed before
-output and gradients of the shape equal the float32 reference at a small length. All programs are
+output and gradients of the shape equal the float32 reference at a small length. Programs are
 compiled side by side, then timed one at a time: each figure is the median of several runs of
 several calls. Where the forward pass spends its time, from a profile: "kernels" are the attention
 kernels, "gather" is what else is not the selection (gathering lists, padding), "selection" is the
@@ -182,16 +182,8 @@ def where_time_goes(compiled, inputs) -> tuple[float, float]:
     return kernels / 3e6, rest / 3e6
 
 
-def compile_all(names, lengths) -> dict:
-    """Compiles everything, by (shape, length, program); where that fails, keeps the reason."""
-    lowered = {}
-    for name in names:
-        shape = SHAPES[name]
-        for length in lengths:
-            inputs = jax.eval_shape(functools.partial(make_inputs, shape, length))
-            for program, function in programs(shape, length).items():
-                jitted = jax.jit(function, keep_unused=True)
-                lowered[name, length, program] = jitted.lower(*inputs)
+def compile_all(cases: list[tuple[str, int]]) -> dict:
+    """Compiled programs by (shape, length) and name; where one fails, its reason instead."""
 
     def compile_or_explain(program):
         try:
@@ -199,9 +191,20 @@ def compile_all(names, lengths) -> dict:
         except Exception as error:
             return reason(error)
 
+    compiled = {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(compile_or_explain, lowered.values())
-        return dict(zip(lowered, found, strict=True))
+        for name, length in cases:
+            inputs = jax.eval_shape(functools.partial(make_inputs, SHAPES[name], length))
+            compiled[name, length] = {
+                program: pool.submit(
+                    compile_or_explain, jax.jit(function, keep_unused=True).lower(*inputs)
+                )
+                for program, function in programs(SHAPES[name], length).items()
+            }
+    return {
+        case: {program: future.result() for program, future in of_case.items()}
+        for case, of_case in compiled.items()
+    }
 
 
 def reason(error: Exception) -> str:
@@ -209,7 +212,7 @@ def reason(error: Exception) -> str:
     return str(error).splitlines()[0][:200]
 
 
-def measure(row: dict, compiled: dict, shape: Shape, inputs: list[jax.Array]) -> None:
+def measure(row: dict, compiled: dict, inputs: list[jax.Array]) -> None:
     """Adds figures of the compiled programs to a row."""
     for program, executable in compiled.items():
         if isinstance(executable, str):
@@ -244,6 +247,50 @@ def summarise(row: dict, shape: Shape) -> None:
         times = [row.get(f"{name} {mode} ms") for name in ("dense", "sparsek")]
         if None not in times:
             row[f"speed-up {mode}"] = round(times[0] / times[1], 2)
+
+
+def rows_of_case(name: str, length: int, compiled: dict) -> list[dict]:
+    """Measures one shape and length: with gaussian scores, and with those of --scores."""
+    shape = SHAPES[name]
+    row = {"shape": name, "length": length, "scores": "gaussian"}
+    try:
+        inputs = jax.block_until_ready(make_inputs(shape, length))
+    except jax.errors.JaxRuntimeError as error:
+        return [{**row, "failed": reason(error)}]
+    measure(row, compiled, inputs)
+    rows = [row]
+    if _SCORES.value and (scores := given_scores(shape, length)) is not None:
+        inputs[3] = scores
+        # The others do not see the scores.
+        kept = {x: y for x, y in row.items() if not x.startswith(("sparsek", *_PARTS))}
+        rows.append({**kept, "scores": pathlib.Path(_SCORES.value).name})
+        measure(rows[-1], {x: y for x, y in compiled.items() if x.startswith("sparsek")}, inputs)
+    for row in rows:
+        summarise(row, shape)
+    return rows
+
+
+def run(cases: list[tuple[str, int]], out: pathlib.Path) -> None:
+    """Checks and measures cases, prints a line for each, and writes both files."""
+    results = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "rows": []}
+    names = sorted({name for name, _ in cases})
+    with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+        errors = dict(zip(names, pool.map(lambda name: error(SHAPES[name]), names), strict=True))
+    for name, found in errors.items():
+        if not found <= 5e-3:
+            raise SystemExit(f"shape {name}: error {found:.1e} exceeds 5e-3: nothing is timed")
+    results["errors"] = {name: float(f"{found:.2e}") for name, found in errors.items()}
+    print(", ".join(f"{x}: {y}" for x, y in results.items() if x != "rows"), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    # Few at a time: a run that is cut short has most of its figures.
+    size = max(os.cpu_count() // 2, 1)
+    for batch in (cases[i : i + size] for i in range(0, len(cases), size)):
+        for (name, length), compiled in compile_all(batch).items():
+            for row in rows_of_case(name, length, compiled):
+                results["rows"].append(row)
+                print(json.dumps(row), flush=True)
+            (out / "attention.json").write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, out / "attention.png")
 
 
 def plot(results: dict, path: pathlib.Path) -> None:
@@ -299,55 +346,20 @@ def plot(results: dict, path: pathlib.Path) -> None:
 
 
 def main(argv):
-    """Checks, measures, prints a line a shape and length, and writes both files."""
+    """Measures, or draws what was measured."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
     out = pathlib.Path(_OUT.value)
-    path = out / "attention.json"
     if _PLOT_ONLY.value:
-        plot(json.loads(path.read_text()), out / "attention.png")
+        plot(json.loads((out / "attention.json").read_text()), out / "attention.png")
         return
     for name in _SHAPES.value:
         if name not in SHAPES:
             raise app.UsageError(f"--shapes has {name!r}; expected some of {list(SHAPES)}")
     if _SCORES.value and np.load(_SCORES.value, mmap_mode="r").ndim != 2:
         raise app.UsageError(f"--scores={_SCORES.value} must hold an array [heads, T]")
-    out.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0].device_kind
-    results = {"device": device, "jax": jax.__version__, "errors": {}, "rows": []}
-    with concurrent.futures.ThreadPoolExecutor(len(_SHAPES.value)) as pool:
-        errors = list(pool.map(lambda name: error(SHAPES[name]), _SHAPES.value))
-    for name, found in zip(_SHAPES.value, errors, strict=True):
-        if not found <= 5e-3:
-            raise SystemExit(f"shape {name}: error {found:.1e} exceeds 5e-3: nothing is timed")
-        results["errors"][name] = float(f"{found:.2e}")
-    print(f"{device}, jax {jax.__version__}, errors {results['errors']}", flush=True)
-    lengths = [int(length) for length in _LENGTHS.value]
-    compiled = compile_all(_SHAPES.value, lengths)
-    for name in _SHAPES.value:
-        shape = SHAPES[name]
-        for length in lengths:
-            mine = {
-                key[2]: compiled.pop(key) for key in list(compiled) if key[:2] == (name, length)
-            }
-            inputs = make_inputs(shape, length)
-            row = {"shape": name, "length": length, "scores": "gaussian"}
-            measure(row, mine, shape, inputs)
-            found = [row]
-            if _SCORES.value and (scores := given_scores(shape, length)) is not None:
-                inputs[3] = scores
-                # The others do not see the scores.
-                kept = {x: y for x, y in row.items() if not x.startswith(("sparsek", *_PARTS))}
-                found.append({**kept, "scores": pathlib.Path(_SCORES.value).name})
-                ours = {x: y for x, y in mine.items() if x.startswith("sparsek")}
-                measure(found[-1], ours, shape, inputs)
-            for row in found:
-                summarise(row, shape)
-                results["rows"].append(row)
-                print(json.dumps(row), flush=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, out / "attention.png")
+    run([(name, int(length)) for length in _LENGTHS.value for name in _SHAPES.value], out)
 
 
 if __name__ == "__main__":

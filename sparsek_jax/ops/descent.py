@@ -8,8 +8,8 @@ breakpoints b > x: piecewise linear and falling.
 All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
 its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every second breakpoint; those
-in between are added on the spot.
+of a node" x "the first so many of its children". Sums are stored for every second breakpoint, in
+long rows for every fourth; those in between are added on the spot.
 
 Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
 another one's rounding.
@@ -26,7 +26,7 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
-_RUN_BITS = 1  # 2 breakpoints between stored sums, fewer than a node has
+_LONG_ROW = 1 << 15  # breakpoints from which on sums would not fit a cache: fewer are stored
 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
 # they open (the others close one), and their weighted values in fixed point, as high and low parts.
@@ -50,11 +50,12 @@ def _fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], 
 class _Level(NamedTuple):
     """One level of the trees of all rows, breakpoints in order of (node, position).
 
-    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them. A run is as many breakpoints as
-    there is one stored sum for.
+    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them. A run is the 2^run_bits
+    breakpoints, fewer than a node has, that share one stored sum.
     """
 
     shift: int
+    run_bits: int
     digit: Int32[Array, "R n"]  # the child that a breakpoint is in
     # Of every run, from the lowest bits: each breakpoint's digit, and whether it opens a key.
     words: Int32[Array, "R runs"]
@@ -73,13 +74,13 @@ class _Level(NamedTuple):
           count: How many of its breakpoints, in order of position.
           child: 1 to the last.
         """
-        runs = count >> _RUN_BITS
-        next_run = (base >> _RUN_BITS) + runs
+        runs = count >> self.run_bits
+        next_run = (base >> self.run_bits) + runs
         stored = gather(self.sums, column, child - 1, row, jnp.maximum(next_run - 1, 0))
         total = jnp.where(runs > 0, stored, 0)
         word = gather(self.words, row, jnp.minimum(next_run, self.words.shape[1] - 1))
-        for i in range((1 << _RUN_BITS) - 1):
-            at = (next_run << _RUN_BITS) + i
+        for i in range((1 << self.run_bits) - 1):
+            at = (next_run << self.run_bits) + i
             inside = at < base + count
             if column == _COUNT:
                 value = 1
@@ -96,7 +97,8 @@ def _make_level(ranks, by_rank, shift: int) -> _Level:
     digit = (ranks >> shift) & len(_CHILDREN)
     column = np.arange(4, dtype=np.int32)[:, None, None]
     values = gather(by_rank, column, rows_of(ranks), ranks)
-    run = 1 << _RUN_BITS
+    run_bits = 2 if ranks.shape[1] > _LONG_ROW else 1
+    run = 1 << run_bits
     short = ((0, 0), (0, -ranks.shape[1] % run))
     digits, columns = jnp.pad(digit, short), jnp.pad(values, ((0, 0), *short))
     words = sum(
@@ -107,10 +109,10 @@ def _make_level(ranks, by_rank, shift: int) -> _Level:
     runs = sum(
         jnp.where(digits[:, i::run] < child, columns[:, None, :, i::run], 0) for i in range(run)
     )
-    node = min(1 << (shift + _DIGIT_BITS - _RUN_BITS), runs.shape[3])
+    node = min(1 << (shift + _DIGIT_BITS - run_bits), runs.shape[3])
     runs = jnp.pad(runs, ((0, 0), (0, 0), (0, 0), (0, -runs.shape[3] % node)))
     sums = jnp.cumsum(runs.reshape(*runs.shape[:3], -1, node), axis=4)
-    return _Level(shift, digit, words, values[_HIGH:], sums.reshape(runs.shape))
+    return _Level(shift, run_bits, digit, words, values[_HIGH:], sums.reshape(runs.shape))
 
 
 def _partition(level: _Level, ranks):
