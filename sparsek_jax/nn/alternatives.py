@@ -68,6 +68,28 @@ def window_attention(
     )
 
 
+def positioned_attention(
+    query: Float[Array, "B C N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    positions: Int[Array, "B C"],
+    key_positions: Int[Array, "#B S"],
+) -> Float[Array, "B C N H"]:
+    """Attention of the query at position t over the keys at `0 <= j <= t`."""
+    length, chunk_size = query.shape[1], _DENSE_CHUNK["xla"]
+
+    def attend(chunk):
+        query, positions = chunk
+        start = jnp.zeros_like(positions)
+        return _masked_attention("xla", query, key, value, start, positions, key_positions)
+
+    if length <= chunk_size:
+        return attend((query, positions))
+    chunks = (_split(query, chunk_size), _split(positions, chunk_size))
+    return _join(jax.lax.map(attend, chunks))[:, :length]
+
+
 def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
     if arguments[0].dtype not in (jnp.bfloat16, jnp.float16):
         return default(*arguments)
@@ -146,7 +168,8 @@ def _window_chunks(sliding_window: int, backend: Backend, query, key, value, sta
 
 def _masked_attention(backend: Backend, query, key, value, start, query_positions, key_positions):
     """Attention of query t over the keys at `start <= j <= t`."""
-    mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[:, None])
+    key_positions = key_positions[..., None, :]
+    mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[..., None])
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask[:, None], implementation=backend
     )

@@ -1,15 +1,26 @@
 """Attention layers: projections, rotary embedding, and one of three ways to mix values."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sparsek_jax.nn.alternatives import dense_attention, window_attention
+from sparsek_jax.nn.cache import (
+    DenseCache,
+    ScoredCache,
+    WindowCache,
+    extend_dense_cache,
+    extend_window_cache,
+    init_dense_cache,
+    init_window_cache,
+)
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import apply_rotary, document_positions
 from sparsek_jax.nn.scorer import ScoringNetwork
-from sparsek_jax.ops import sparsek_attention
+from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
 
 
 class Attention(nnx.Module):
@@ -90,6 +101,31 @@ class Attention(nnx.Module):
         """
         if positions is None:
             positions = document_positions(segment_ids, *x.shape[:2])
+        query, key, value = self._project(x, positions)
+        mixed, scores = self.mix(x, query, key, value, segment_ids)
+        out = self._merge(mixed)
+        return (out, scores) if return_scores else out
+
+    def extend(
+        self, x: Float[Array, "B C D"], cache: Any, num_tokens: Int[Array, " B"]
+    ) -> tuple[Any, Float[Array, "B C D"]]:
+        """Appends the next tokens of a document to what is remembered of it, and attends from them.
+
+        Args:
+          x: Normalised hidden state, `[B, C, d_model]`.
+          cache: Of this layer, as `init_cache` makes it.
+          num_tokens: How many of the C tokens each member of the batch appends, the first ones.
+
+        Returns:
+          The new cache and the output, meaningless for tokens that were not appended.
+        """
+        positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        heads = self._project(x, positions)
+        cache, mixed = self.mix_next(x, *heads, cache, positions, num_tokens)
+        return cache, self._merge(mixed)
+
+    def _project(self, x, positions):
+        """Query, key and value heads, queries and keys rotated."""
         query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
@@ -102,12 +138,13 @@ class Attention(nnx.Module):
             ).astype(self.dtype)
             for heads in (query, key)
         )
-        mixed, scores = self.mix(x, query, key, value, segment_ids)
-        out = self.out(mixed.reshape(*x.shape[:2], -1))
-        return (out, scores) if return_scores else out
+        return query, key, value
 
     def _heads(self, x):
         return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+    def _merge(self, mixed):
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
     def mix(
         self,
@@ -118,6 +155,31 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K"] | None]:
         """Returns attention output `[B, T, N, H]` and scores or None."""
+        raise NotImplementedError
+
+    def mix_next(
+        self,
+        x: Float[Array, "B C D"],
+        query: Float[Array, "B C N H"],
+        key: Float[Array, "B C K H"],
+        value: Float[Array, "B C K H"],
+        cache: Any,
+        positions: Int[Array, "B C"],
+        num_tokens: Int[Array, " B"],
+    ) -> tuple[Any, Float[Array, "B C N H"]]:
+        """Returns the extended cache and attention output `[B, C, N, H]`."""
+        raise NotImplementedError
+
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, support_size: int | None = None
+    ) -> Any:
+        """Makes an empty cache.
+
+        Args:
+          batch_size: B.
+          max_length: Most tokens that dense attention can remember; the other kinds need none.
+          support_size: As in `sparsek_jax.init_cache`, for SparseK with soft gates.
+        """
         raise NotImplementedError
 
 
@@ -153,6 +215,38 @@ class SparseKAttention(Attention):
         )
         return out, scores
 
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
+        """Returns the extended cache and attention output `[B, C, N, H]`."""
+        norm, scores = self.scorer.extend(x, cache.norm, positions=positions, num_tokens=num_tokens)
+        sparsek, out = extend_cache(
+            cache.sparsek,
+            query,
+            key,
+            value,
+            scores,
+            num_tokens=num_tokens,
+            implementation=self.config.implementation,
+        )
+        return ScoredCache(sparsek, norm), out
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
+        """Makes an empty cache of constant size."""
+        del max_length
+        config = self.config
+        sparsek = init_cache(
+            batch_size,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_selected=config.num_selected,
+            sliding_window=config.sliding_window,
+            gating=config.gating,
+            shared_scores=config.shared_scores,
+            support_size=support_size,
+            dtype=self.dtype,
+        )
+        norm = self.scorer.norm
+        return ScoredCache(sparsek, None if norm is None else norm.init_state(batch_size))
+
 
 class DenseAttention(Attention):
     """Attention over the whole document."""
@@ -161,6 +255,16 @@ class DenseAttention(Attention):
         """Returns attention output `[B, T, N, H]` and None."""
         del x
         return dense_attention(query, key, value, segment_ids=segment_ids), None
+
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
+        """Returns the extended cache and attention output `[B, C, N, H]`, NaN beyond its room."""
+        del x, positions
+        return extend_dense_cache(cache, query, key, value, num_tokens)
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> DenseCache:
+        """Makes an empty cache with room for `max_length` tokens."""
+        del support_size
+        return init_dense_cache(batch_size, max_length, self.config, self.dtype)
 
 
 class WindowAttention(Attention):
@@ -177,6 +281,16 @@ class WindowAttention(Attention):
             segment_ids=segment_ids,
         )
         return out, None
+
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
+        """Returns the extended cache and attention output `[B, C, N, H]`."""
+        del x, positions
+        return extend_window_cache(cache, query, key, value, num_tokens)
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> WindowCache:
+        """Makes an empty cache of constant size."""
+        del max_length, support_size
+        return init_window_cache(batch_size, self.config, self.dtype)
 
 
 LAYERS = {"sparsek": SparseKAttention, "dense": DenseAttention, "window": WindowAttention}

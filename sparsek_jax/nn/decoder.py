@@ -9,9 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.attention import LAYERS
+from sparsek_jax.nn.cache import DecoderCache, check_room
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import document_positions
+from sparsek_jax.ops.cache import check_num_tokens
 from sparsek_jax.ops.products import einsum_f32
 
 
@@ -79,9 +81,20 @@ class Block(nnx.Module):
             segment_ids=segment_ids,
             return_scores=True,
         )
+        return self._residual(x, attended), scores
+
+    def extend(
+        self, x: Float[Array, "B C D"], cache: Any, num_tokens: Int[Array, " B"]
+    ) -> tuple[Any, Float[Array, "B C D"]]:
+        """Returns the attention's cache with these tokens appended, and the residual stream."""
+        normalised = self.attention_norm(x).astype(x.dtype)
+        cache, attended = self.attention.extend(normalised, cache, num_tokens)
+        return cache, self._residual(x, attended)
+
+    def _residual(self, x, attended):
         mlp_input = x if self.parallel_residual else x + attended
         update = self.mlp(self.mlp_norm(mlp_input).astype(x.dtype))
-        return x + attended + update, scores
+        return x + attended + update
 
 
 class Decoder(nnx.Module):
@@ -169,8 +182,7 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = document_positions(segment_ids, *tokens.shape)
         _check_integers("positions", positions, tokens.shape)
-        # `take` makes an id outside the vocabulary NaN; an index would be clamped.
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+        x = self._embed(tokens)
         if sharding is not None:
             x = jax.lax.with_sharding_constraint(x, sharding)
         splits = [nnx.split(layer) for layer in self.layers]
@@ -210,6 +222,94 @@ class Decoder(nnx.Module):
                     scores[i] = block_scores
         x = self.final_norm(x).astype(self.config.dtype)
         return (x, dict(sorted(scores.items()))) if return_scores else x
+
+    def _embed(self, tokens):
+        # `take` makes an id outside the vocabulary NaN; an index would be clamped.
+        return jnp.take(self.embedding[...], tokens, axis=0).astype(self.config.dtype)
+
+    def init_cache(
+        self, batch_size: int, *, max_length: int | None = None, support_size: int | None = None
+    ) -> DecoderCache:
+        """Makes an empty cache, to generate with.
+
+        Args:
+          batch_size: B.
+          max_length: Most tokens that layers with dense attention can remember. Needed if there are
+            any; all other layers remember a constant number for as long as it takes.
+          support_size: As in `sparsek_jax.init_cache`, for SparseK layers with soft gates.
+
+        Raises:
+          TypeError: An argument is not an int.
+          ValueError: An argument is out of range or missing.
+        """
+        sizes = {"max_length": max_length, "support_size": support_size}
+        layers = [layer.attention.init_cache(batch_size, **sizes) for layer in self.layers]
+        if self.config.scan_layers:
+            repeats = self.config.num_layers // self.config.period
+            layers = [jax.tree.map(lambda x: jnp.stack([x] * repeats), x) for x in layers]
+        return DecoderCache(tuple(layers), is_stacked=self.config.scan_layers)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B C"],
+        cache: DecoderCache,
+        *,
+        num_tokens: Int[Array, " B"] | None = None,
+    ) -> tuple[DecoderCache, Float[Array, "B C D"]]:
+        """Appends the next C tokens of every member of the batch.
+
+        However a text is cut into calls, the hidden states are those of one call of `hidden` with
+        all of it, up to rounding. (Where SparseK's support has lost scores, approximately.)
+
+        Args:
+          tokens: Token ids, `[B, C]`, C at least 1.
+          cache: What came before. A jit that replaces it should donate it.
+          num_tokens: How many of the C tokens each member appends, the first ones; 0 to C, all by
+            default. What stands behind them must be ids all the same.
+
+        Returns:
+          The new cache, and the hidden states after the final norm, `[B, C, d_model]` in the
+          config's dtype. They are meaningless for tokens that were not appended, and NaN where a
+          layer with dense attention has run out of room while tracing hid the lengths.
+
+        Raises:
+          TypeError: `num_tokens` does not hold integers.
+          ValueError: An argument has the wrong shape, dtype or value, or the cache has no room.
+        """
+        _check_integers("tokens", tokens, None)
+        batch, size = tokens.shape
+        if size == 0:
+            raise ValueError(f"tokens has shape {tokens.shape}; expected C of at least 1")
+        (rows,) = cache.length.shape
+        if batch != rows:
+            raise ValueError(f"tokens has shape {tokens.shape}; expected the cache's {rows} rows")
+        if num_tokens is None:
+            num_tokens = jnp.full((batch,), size, jnp.int32)
+        else:
+            check_num_tokens(num_tokens, batch, size)
+        check_room(cache, num_tokens)
+        x = self._embed(tokens)
+        if cache.is_stacked:
+            splits = [nnx.split(layer) for layer in self.layers]
+            blocks = [graphdef for graphdef, _ in splits]
+
+            def repetition(x, inputs):
+                extended = []
+                for block, (state, layer_cache) in zip(blocks, inputs, strict=True):
+                    block = nnx.merge(block, state)
+                    layer_cache, x = block.extend(x, layer_cache, num_tokens)
+                    extended.append(layer_cache)
+                return x, tuple(extended)
+
+            states = [state for _, state in splits]
+            x, layers = jax.lax.scan(repetition, x, list(zip(states, cache.layers, strict=True)))
+        else:
+            layers = []
+            for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+                layer_cache, x = block.extend(x, layer_cache, num_tokens)
+                layers.append(layer_cache)
+        cache = DecoderCache(tuple(layers), is_stacked=cache.is_stacked)
+        return cache, self.final_norm(x).astype(self.config.dtype)
 
 
 def output_logits(

@@ -1,9 +1,12 @@
 """Norms: over the features of a token, and over the time so far."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 
 def make_norm(kind: str, num_features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -27,28 +30,56 @@ def make_norm(kind: str, num_features: int, epsilon: float, *, rngs: nnx.Rngs) -
 @jax.jit
 def timestep_statistics(
     x: Float[Array, "B T K"], start: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-    """Mean and (biased) variance over the positions of the document so far, `start <= j <= t`.
+) -> tuple[Float[Array, "B T 1"], Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """Statistics of the positions of the document so far, `start <= j <= t`.
 
-    Partial statistics are merged pairwise (Chan et al.), which loses fewer digits to a mean than
-    sums of squares do.
+    Returns:
+      Their count, mean, and sum of squared distances from the mean.
     """
 
     def merge(left, right):
-        start_left, count_left, mean_left, m2_left = left
-        start_right, count_right, mean_right, m2_right = right
-        same = start_left == start_right
-        kept = jnp.where(same, count_left, 0.0)
-        count = kept + count_right
-        delta = jnp.where(same, mean_right - mean_left, 0.0)
-        mean = mean_right - delta * (kept / count)
-        m2 = m2_right + jnp.where(same, m2_left, 0.0) + delta**2 * (kept * count_right / count)
-        return start_right, count, mean, m2
+        (start_left, *left), (start_right, *right) = left, right
+        return start_right, *_merged(left, right, start_left == start_right)
 
     first = start[:, :, None]
     elements = (first, jnp.ones_like(first, x.dtype), x, jnp.zeros_like(x))
-    _, count, mean, m2 = jax.lax.associative_scan(merge, elements, axis=1)
-    return mean, m2 / count
+    return jax.lax.associative_scan(merge, elements, axis=1)[1:]
+
+
+def _merged(left, right, same):
+    """Count, mean and sum of squares of both parts where `same`, else of the right one.
+
+    Merging partial statistics (Chan et al.) loses fewer digits to a mean than sums of squares do.
+    """
+    (count_left, mean_left, m2_left), (count_right, mean_right, m2_right) = left, right
+    kept = jnp.where(same, count_left, 0.0)
+    count = kept + count_right
+    delta = jnp.where(same, mean_right - mean_left, 0.0)
+    mean = mean_right - delta * (kept / count)
+    m2 = m2_right + jnp.where(same, m2_left, 0.0) + delta**2 * (kept * count_right / count)
+    return count, mean, m2
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "first", "mean", "m2"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TimestepState:
+    """What a TimestepNorm remembers of the values so far; all zero before the first one.
+
+    Attributes:
+      count: How many they are.
+      first: The first one.
+      mean: Mean of their distances from the first one.
+      m2: Sum of the squared distances from their mean.
+    """
+
+    count: Int32[Array, " B"]
+    first: Float[Array, "B K"]
+    mean: Float[Array, "B K"]
+    m2: Float[Array, "B K"]
 
 
 class TimestepNorm(nnx.Module):
@@ -60,6 +91,7 @@ class TimestepNorm(nnx.Module):
 
     def __init__(self, num_features: int, *, epsilon: float = 1e-5):
         self.gain = nnx.Param(jnp.ones((num_features,), jnp.float32))
+        self.num_features = num_features
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "B T K"], start: Int[Array, "B T"]) -> Float[Array, "B T K"]:
@@ -68,5 +100,41 @@ class TimestepNorm(nnx.Module):
         # that a mean much larger than the deviations would cost.
         first = jnp.take_along_axis(x, start[:, :, None], axis=1)
         x = x - jax.lax.stop_gradient(first)
-        mean, variance = timestep_statistics(x, start)
-        return self.gain[...] * (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        return self._normalised(x, *timestep_statistics(x, start))
+
+    def init_state(self, batch_size: int) -> TimestepState:
+        """The state before the first position."""
+        # Three arrays: one that occurs twice could not be donated.
+        zeros = (jnp.zeros((batch_size, self.num_features), jnp.float32) for _ in range(3))
+        return TimestepState(jnp.zeros((batch_size,), jnp.int32), *zeros)
+
+    def extend(
+        self, x: Float[Array, "B C K"], state: TimestepState, num_tokens: Int[Array, " B"]
+    ) -> tuple[TimestepState, Float[Array, "B C K"]]:
+        """Normalises the next positions of one document; of these, `num_tokens` are remembered."""
+        started = (state.count > 0)[:, None]
+        first = jnp.where(started, state.first, x[:, 0])
+        x = x - first[:, None]
+        before = (
+            state.count[:, None, None].astype(x.dtype),
+            state.mean[:, None],
+            state.m2[:, None],
+        )
+        after = timestep_statistics(x, jnp.zeros(x.shape[:2], jnp.int32))
+        count, mean, m2 = _merged(before, after, started[:, None])
+        last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
+
+        def remembered(new, old):
+            new = jnp.take_along_axis(new, last, axis=1)[:, 0]
+            return jnp.where(num_tokens[:, None] > 0, new, old)
+
+        state = TimestepState(
+            count=state.count + num_tokens,
+            first=jnp.where(num_tokens[:, None] > 0, first, state.first),
+            mean=remembered(mean, state.mean),
+            m2=remembered(m2, state.m2),
+        )
+        return state, self._normalised(x, count, mean, m2)
+
+    def _normalised(self, x, count, mean, m2):
+        return self.gain[...] * (x - mean) * jax.lax.rsqrt(m2 / count + self.epsilon)

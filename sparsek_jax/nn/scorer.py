@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from sparsek_jax.nn.norms import TimestepNorm
+from sparsek_jax.nn.norms import TimestepNorm, TimestepState
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
@@ -45,8 +45,38 @@ class ScoringNetwork(nnx.Module):
         """Returns float32 scores `[B, T, num_scores]` of x `[B, T, d_model]`, any float dtype."""
         batch, length, _ = x.shape
         start, _ = document_bounds(segment_ids, batch, length)
-        scores = einsum_f32("btd,dk->btk", x.astype(jnp.float32), self.kernel[...])
+        scores = self._project(x)
         if self.norm is not None:
             scores = self.norm(scores, start)
-        position = jnp.arange(length) - start
-        return scores + self.slope * position[:, :, None].astype(jnp.float32)
+        return self._sloped(scores, jnp.arange(length) - start)
+
+    def extend(
+        self,
+        x: Float[Array, "B C D"],
+        state: TimestepState | None,
+        *,
+        positions: Int[Array, "B C"],
+        num_tokens: Int[Array, " B"],
+    ) -> tuple[TimestepState | None, Float[Array, "B C K"]]:
+        """Scores the next tokens of a document.
+
+        Args:
+          x: Their hidden states.
+          state: What the norm remembers of the tokens before, `norm.init_state` at first; None
+            without a norm.
+          positions: The tokens' positions in the document.
+          num_tokens: How many of these tokens to remember, the first ones.
+
+        Returns:
+          The new state, and float32 scores `[B, C, num_scores]`.
+        """
+        scores = self._project(x)
+        if self.norm is not None:
+            state, scores = self.norm.extend(scores, state, num_tokens)
+        return state, self._sloped(scores, positions)
+
+    def _project(self, x):
+        return einsum_f32("btd,dk->btk", x.astype(jnp.float32), self.kernel[...])
+
+    def _sloped(self, scores, positions):
+        return scores + self.slope * positions[:, :, None].astype(jnp.float32)

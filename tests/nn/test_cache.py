@@ -1,0 +1,260 @@
+"""A decoder that generates against the same decoder over the whole text at once."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsek_jax.nn import AttentionConfig, Decoder, DecoderConfig, ScoringNetwork
+from sparsek_jax.nn.cache import ScoredCache
+from sparsek_jax.nn.norms import TimestepNorm
+
+ATTENTION = AttentionConfig(
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    num_selected=6,
+    sliding_window=5,
+    implementation="reference",
+)
+CONFIG = DecoderConfig(vocab_size=31, num_layers=2, d_model=32, mlp_dim=48, attention=ATTENTION)
+LENGTH = 150
+TOKENS = jax.random.randint(jax.random.key(0), (3, LENGTH), 0, 31)
+VARIANTS = {
+    "soft": {},
+    "straight_through": {"gating": "straight_through"},
+    "no window": {"sliding_window": 0},
+    "shared scores": {"shared_scores": True},
+    "no norm": {"timestep_norm": False, "slope": 1e-3},
+    "k beyond the text": {"num_selected": 150},
+    "window": {"kind": "window"},
+    "dense": {"kind": "dense", "qk_norm": True},
+    "mixed": {"pattern": ("window", "sparsek")},
+    "xla": {"implementation": "xla"},
+}
+
+
+@functools.cache
+def make(variant="soft", seed=0, **changes):
+    attention = dataclasses.replace(ATTENTION, **VARIANTS[variant])
+    config = dataclasses.replace(CONFIG, attention=attention, **changes)
+    return Decoder(config, rngs=nnx.Rngs(seed))
+
+
+def empty_cache(model, max_length=LENGTH, support_size=64):
+    soft = model.config.attention.gating == "soft"
+    return model.init_cache(3, max_length=max_length, support_size=support_size if soft else None)
+
+
+def assert_nothing_lost(cache):
+    for layer in cache.layers:
+        if isinstance(layer, ScoredCache) and layer.sparsek.support is not None:
+            assert layer.sparsek.support.num_lost.max() == 0
+
+
+def whole(model, tokens=TOKENS):
+    return run_whole(*nnx.split(model), tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_whole(graphdef, state, tokens):
+    return nnx.merge(graphdef, state)(tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_chunk(graphdef, state, cache, tokens, num_tokens=None):
+    model = nnx.merge(graphdef, state)
+    cache, hidden = model.extend(tokens, cache, num_tokens=num_tokens)
+    return cache, model.logits(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_steps(graphdef, state, cache, tokens):
+    model = nnx.merge(graphdef, state)
+
+    def step(cache, token):
+        cache, hidden = model.extend(token[:, None], cache)
+        return cache, model.logits(hidden[:, 0])
+
+    cache, logits = jax.lax.scan(step, cache, tokens.T)
+    return cache, jnp.swapaxes(logits, 0, 1)
+
+
+def extend(model, cache, tokens, sizes):
+    """Appends chunks of these sizes, then single tokens."""
+    split, outs, start = nnx.split(model), [], 0
+    for size in sizes:
+        cache, logits = run_chunk(*split, cache, tokens[:, start : start + size])
+        outs.append(logits)
+        start += size
+    if start < tokens.shape[1]:
+        cache, logits = run_steps(*split, cache, tokens[:, start:])
+        outs.append(logits)
+    return cache, jnp.concatenate(outs, axis=1)
+
+
+def error(actual, expected):
+    actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("variant", [x for x in VARIANTS if x != "xla"])
+def test_chunks_then_more_steps_than_ten_caches_match_the_whole(variant):
+    model = make(variant)
+    expected = whole(model)
+    cache = empty_cache(model, support_size=1 if variant == "k beyond the text" else 64)
+    # A prompt that is longer than k + w, and one that is shorter than w.
+    for sizes, length in (([13, 13], LENGTH), ([3], LENGTH - 23)):
+        extended, logits = extend(model, cache, TOKENS[:, :length], sizes)
+        assert error(logits, expected[:, :length]) <= 1e-5
+        np.testing.assert_array_equal(extended.length, [length] * 3)
+        assert_nothing_lost(extended)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (cache, extended))
+        assert shapes[0] == shapes[1]
+
+
+# "reference" rounds less to bfloat16 than single tokens do: two kinds of noise, of the same size.
+@pytest.mark.parametrize(
+    ("variant", "dtype", "tolerance"), [("soft", "float32", 1e-5), ("xla", "bfloat16", 5e-3)]
+)
+def test_seeds_and_dtypes(variant, dtype, tolerance):
+    for seed in (1, 2, 3):
+        model = make(variant, seed=seed, dtype=dtype)
+        tokens = jax.random.randint(jax.random.key(seed), TOKENS.shape, 0, 31)
+        cache, logits = extend(model, empty_cache(model), tokens, [13, 13])
+        assert_nothing_lost(cache)
+        assert error(logits, whole(model, tokens)) <= tolerance
+        assert cache.layers[0].sparsek.key.dtype == dtype
+
+
+@pytest.mark.parametrize("variant", ["mixed", "dense"])
+def test_scanned_layers(variant):
+    model = make(variant, num_layers=4, scan_layers=True)
+    cache, logits = extend(model, empty_cache(model), TOKENS, [13])
+    assert_nothing_lost(cache)
+    assert error(logits, whole(model)) <= 1e-5
+    np.testing.assert_array_equal(cache.length, [LENGTH] * 3)
+
+
+@pytest.mark.parametrize(("variant", "scan"), [("mixed", False), ("mixed", True), ("dense", False)])
+def test_rows_of_different_lengths_and_reset(variant, scan):
+    model = make(variant, num_layers=2, scan_layers=scan)
+    split, expected = nnx.split(model), whole(model)
+    counts = np.array([[13, 4, 0], [13, 0, 9], [1, 1, 0], [0, 1, 1], [2, 13, 13]])
+    cache, outs = empty_cache(model, max_length=60), [[], [], []]
+    for count, size in zip(counts, [13, 13, 1, 1, 13], strict=True):
+        start = np.asarray(cache.length)
+        tokens = jnp.stack([TOKENS[b, start[b] :][:size] for b in range(3)])
+        # An id outside the vocabulary is a NaN.
+        tokens = jnp.where(np.arange(size) < count[:, None], tokens, 31)
+        cache, logits = run_chunk(*split, cache, tokens, jnp.asarray(count))
+        for b in range(3):
+            outs[b].append(logits[b, : count[b]])
+    for b in range(3):
+        assert error(jnp.concatenate(outs[b]), expected[b, : counts[:, b].sum()]) <= 1e-5
+
+    reset = cache.reset(jnp.array([False, True, False]))
+    np.testing.assert_array_equal(reset.length, [29, 0, 23])
+    axis = 1 if scan else 0
+    caches = (reset, cache, empty_cache(model, max_length=60))
+    leaves = (map(np.asarray, jax.tree.leaves(x)) for x in caches)
+    for x, y, z in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(np.delete(x, 1, axis), np.delete(y, 1, axis))
+        np.testing.assert_array_equal(np.take(x, 1, axis), np.take(z, 1, axis))
+    again = [jnp.roll(TOKENS[b], -int(reset.length[b]))[:13] for b in range(3)]
+    _, logits = run_chunk(*split, reset, jnp.stack(again))
+    for b in range(3):
+        assert error(logits[b], expected[b, reset.length[b] :][:13]) <= 1e-5
+
+
+def test_one_program_and_a_constant_size_for_all_steps():
+    model = make()
+    graphdef, state = nnx.split(model)
+    step = jax.jit(
+        lambda state, cache, token: nnx.merge(graphdef, state).extend(token, cache),
+        donate_argnums=1,
+    )
+    cache = model.init_cache(3)
+    size = sum(x.nbytes for x in jax.tree.leaves(cache))
+    for t in range(20):
+        previous = cache
+        cache, _ = step(state, cache, TOKENS[:, t : t + 1])
+        assert all(x.is_deleted() for x in jax.tree.leaves(previous))
+    assert step._cache_size() == 1
+    assert sum(x.nbytes for x in jax.tree.leaves(cache)) == size
+
+
+def test_dense_layers_without_room():
+    model = make("dense")
+    with pytest.raises(ValueError, match="max_length=None; expected an int"):
+        model.init_cache(3)
+    cache, _ = model.extend(TOKENS[:, :9], model.init_cache(3, max_length=10))
+    with pytest.raises(ValueError, match=r"max_length=10 tokens .* expected at least 11"):
+        model.extend(TOKENS[:, 9:11], cache)
+    counts = jnp.array([1, 2, 1])
+    _, logits = run_chunk(*nnx.split(model), cache, TOKENS[:, 9:11], counts)
+    bad = np.isnan(logits).all(axis=-1)
+    np.testing.assert_array_equal(bad[:, 0], False)
+    assert bad[1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "num_tokens", "exception", "message"),
+    [
+        (TOKENS[:2], None, ValueError, r"tokens has shape \(2, 150\); expected the cache's 3 rows"),
+        (TOKENS[:, :0], None, ValueError, r"tokens has shape \(3, 0\); expected C of at least 1"),
+        (TOKENS[0], None, ValueError, r"tokens has shape \(150,\); expected \[B, T\]"),
+        (
+            TOKENS[:, :2],
+            jnp.array([0, 3, 1]),
+            ValueError,
+            "num_tokens holds 3, expected 0 to C = 2",
+        ),
+        (TOKENS[:, :2], jnp.ones(3), TypeError, "num_tokens must be an integer array"),
+    ],
+)
+def test_bad_arguments_are_named(tokens, num_tokens, exception, message):
+    model = make()
+    with pytest.raises(exception, match=message):
+        model.extend(tokens, model.init_cache(3), num_tokens=num_tokens)
+
+
+def test_timestep_norm_in_chunks_keeps_its_digits_over_a_long_row():
+    x = 100 + jax.random.normal(jax.random.key(0), (2, 8192, 3))
+    norm = TimestepNorm(3)
+    norm.gain[...] = jnp.array([1.0, 2.0, -0.5])
+    expected = jax.jit(norm)(x, jnp.zeros((2, 8192), jnp.int32))
+
+    @jax.jit
+    def run(x):
+        def chunk(state, x):
+            return norm.extend(x, state, jnp.array([1, 1]))
+
+        steps = jnp.swapaxes(x, 0, 1)[:, :, None]
+        return jnp.swapaxes(jax.lax.scan(chunk, norm.init_state(2), steps)[1][:, :, 0], 0, 1)
+
+    np.testing.assert_allclose(run(x), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("timestep_norm", [False, True])
+def test_scores_in_chunks(timestep_norm):
+    scorer = ScoringNetwork(6, 2, timestep_norm=timestep_norm, slope=0.1, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 24, 6))
+    state = scorer.norm.init_state(2) if timestep_norm else None
+    scores, length = [[], []], np.zeros(2, int)
+    for counts in ([5, 8], [0, 3], [8, 0], [8, 8], [3, 5]):
+        chunk = jnp.stack([x[b, np.arange(length[b], length[b] + 8) % 24] for b in range(2)])
+        positions = jnp.asarray(length)[:, None] + jnp.arange(8)
+        state, out = scorer.extend(
+            chunk, state, positions=positions, num_tokens=jnp.asarray(counts)
+        )
+        for b in range(2):
+            scores[b].append(out[b, : counts[b]])
+        length += counts
+    expected = scorer(x)
+    for b in range(2):
+        np.testing.assert_allclose(jnp.concatenate(scores[b]), expected[b], atol=2e-6)
