@@ -29,7 +29,14 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from benchmarks.inputs import largest_error, median_milliseconds, random_inputs, with_gradients
+from benchmarks.inputs import (
+    compile_side_by_side,
+    largest_error,
+    median_milliseconds,
+    random_inputs,
+    reason,
+    with_gradients,
+)
 from sparsek_jax import sparsek_attention
 from sparsek_jax.ops import selection
 
@@ -183,33 +190,19 @@ def where_time_goes(compiled, inputs) -> tuple[float, float]:
 
 
 def compile_all(cases: list[tuple[str, int]]) -> dict:
-    """Compiled programs by (shape, length) and name; where one fails, its reason instead."""
+    """Compiled programs by (shape, length, program); where one fails, its reason instead."""
 
-    def compile_or_explain(program):
-        try:
-            return program.compile()
-        except Exception as error:
-            return reason(error)
+    def lower(function, name, length):
+        inputs = jax.eval_shape(functools.partial(make_inputs, SHAPES[name], length))
+        return jax.jit(function, keep_unused=True).lower(*inputs)
 
-    compiled = {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, length in cases:
-            inputs = jax.eval_shape(functools.partial(make_inputs, SHAPES[name], length))
-            compiled[name, length] = {
-                program: pool.submit(
-                    compile_or_explain, jax.jit(function, keep_unused=True).lower(*inputs)
-                )
-                for program, function in programs(SHAPES[name], length).items()
-            }
-    return {
-        case: {program: future.result() for program, future in of_case.items()}
-        for case, of_case in compiled.items()
-    }
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error."""
-    return str(error).splitlines()[0][:200]
+    return compile_side_by_side(
+        {
+            (name, length, program): functools.partial(lower, function, name, length)
+            for name, length in cases
+            for program, function in programs(SHAPES[name], length).items()
+        }
+    )
 
 
 def measure(row: dict, compiled: dict, inputs: list[jax.Array]) -> None:
@@ -285,8 +278,10 @@ def run(cases: list[tuple[str, int]], out: pathlib.Path) -> None:
     # Few at a time: a run that is cut short has most of its figures.
     size = max(os.cpu_count() // 2, 1)
     for batch in (cases[i : i + size] for i in range(0, len(cases), size)):
-        for (name, length), compiled in compile_all(batch).items():
-            for row in rows_of_case(name, length, compiled):
+        compiled = compile_all(batch)
+        for case in batch:
+            of_case = {key[2]: program for key, program in compiled.items() if key[:2] == case}
+            for row in rows_of_case(*case, of_case):
                 results["rows"].append(row)
                 print(json.dumps(row), flush=True)
             (out / "attention.json").write_text(json.dumps(results, indent=1) + "\n")

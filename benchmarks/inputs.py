@@ -1,5 +1,7 @@
-"""What benchmarks share: random inputs, gradients, the error that comes first, and timing."""
+"""What benchmarks share: inputs, gradients, the error that comes first, compiling and timing."""
 
+import concurrent.futures
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -49,22 +51,56 @@ def largest_error(actual: Callable, expected: Callable, inputs: Iterable[jax.Arr
     )
 
 
-def median_milliseconds(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Median time of a call, over five runs of as many calls as fill about 50 ms.
+def compile_side_by_side(programs: dict[Any, Callable[[], Any] | str]) -> dict[Any, Any]:
+    """Compiles programs on all cores.
 
-    Calls of more than 0.3 s are timed three times, one at a time.
+    Args:
+      programs: Functions that return a lowered program each, which are called one after the other,
+        or reasons why there is none.
+
+    Returns:
+      The compiled programs; reasons where that failed (tiles or arrays may not fit).
+    """
+
+    def compile_or_explain(program):
+        try:
+            return program.compile()
+        except Exception as error:
+            return reason(error)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {
+            key: program if isinstance(program, str) else pool.submit(compile_or_explain, program())
+            for key, program in programs.items()
+        }
+    return {key: x if isinstance(x, str) else x.result() for key, x in futures.items()}
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error."""
+    return str(error).splitlines()[0][:200]
+
+
+def median_milliseconds(
+    call: Callable[[], Any], wait: Callable[[Any], Any], calls: int | None = None
+) -> float:
+    """Median time of a call, over five runs of several calls.
 
     Args:
       call: Starts the work, and returns its result.
       wait: Waits for the result of the last call.
+      calls: How many make a run: by default as many as fill about 50 ms. Calls of more than 0.3 s
+        are then timed three times, one at a time.
     """
     wait(call())
     start = time.perf_counter()
     wait(call())
     once = time.perf_counter() - start
-    calls = int(np.clip(0.05 / once, 1, 50))
+    runs = 5
+    if calls is None:
+        calls, runs = int(np.clip(0.05 / once, 1, 50)), 3 if once > 0.3 else 5
     times = []
-    for _ in range(3 if once > 0.3 else 5):
+    for _ in range(runs):
         start = time.perf_counter()
         for _ in range(calls):
             out = call()

@@ -7,7 +7,6 @@ else as tuned. All programs are compiled side by side, then timed one at a time,
 drift of the clock meets all alike.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 
@@ -15,8 +14,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks.attention import SHAPES, make_inputs, milliseconds, reason
-from benchmarks.inputs import with_gradients
+from benchmarks.attention import SHAPES, make_inputs, milliseconds
+from benchmarks.inputs import compile_side_by_side, reason, with_gradients
 from sparsek_jax.ops.block_config import BlockConfig, tuned
 from sparsek_jax.ops.mosaic_gpu import attend_selected, select_for_kernels
 
@@ -72,14 +71,6 @@ def candidates(shape) -> dict:
     return programs
 
 
-def compile_or_explain(function, inputs):
-    """The compiled program, or the first line of why there is none: tiles may not fit."""
-    try:
-        return jax.jit(function, keep_unused=True).lower(*inputs).compile()
-    except Exception as error:
-        return reason(error)
-
-
 def main(argv):
     """Prints a line a candidate."""
     if len(argv) > 1:
@@ -89,10 +80,12 @@ def main(argv):
         inputs = make_inputs(SHAPES[name], _LENGTH.value)
         inputs.append(jax.jit(functools.partial(select, SHAPES[name]))(inputs[3]))
         programs = candidates(SHAPES[name])
-        with concurrent.futures.ThreadPoolExecutor(len(programs)) as pool:
-            explain = functools.partial(compile_or_explain, inputs=inputs)
-            found = pool.map(explain, programs.values())
-            compiled = dict(zip(programs, found, strict=True))
+        compiled = compile_side_by_side(
+            {
+                key: functools.partial(jax.jit(function, keep_unused=True).lower, *inputs)
+                for key, function in programs.items()
+            }
+        )
         times = {key: [] for key in programs}
         for _ in range(3):
             for key, executable in compiled.items():
