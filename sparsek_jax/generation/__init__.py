@@ -1,0 +1,1 @@
+"""Generation: text from a trained model in constant memory, and what it remembered of it."""
