@@ -1,7 +1,5 @@
 """Attention layers: projections, rotary embedding, and one of three ways to mix values."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -9,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from sparsek_jax.nn.alternatives import dense_attention, window_attention
 from sparsek_jax.nn.cache import (
     DenseCache,
+    LayerCache,
     ScoredCache,
     WindowCache,
     extend_dense_cache,
@@ -107,8 +106,8 @@ class Attention(nnx.Module):
         return (out, scores) if return_scores else out
 
     def extend(
-        self, x: Float[Array, "B C D"], cache: Any, num_tokens: Int[Array, " B"]
-    ) -> tuple[Any, Float[Array, "B C D"]]:
+        self, x: Float[Array, "B C D"], cache: LayerCache, num_tokens: Int[Array, " B"]
+    ) -> tuple[LayerCache, Float[Array, "B C D"]]:
         """Appends the next tokens of a document to what is remembered of it, and attends from them.
 
         Args:
@@ -163,16 +162,16 @@ class Attention(nnx.Module):
         query: Float[Array, "B C N H"],
         key: Float[Array, "B C K H"],
         value: Float[Array, "B C K H"],
-        cache: Any,
+        cache: LayerCache,
         positions: Int[Array, "B C"],
         num_tokens: Int[Array, " B"],
-    ) -> tuple[Any, Float[Array, "B C N H"]]:
+    ) -> tuple[LayerCache, Float[Array, "B C N H"]]:
         """Returns the extended cache and attention output `[B, C, N, H]`."""
         raise NotImplementedError
 
     def init_cache(
         self, batch_size: int, *, max_length: int | None = None, support_size: int | None = None
-    ) -> Any:
+    ) -> LayerCache:
         """Makes an empty cache.
 
         Args:

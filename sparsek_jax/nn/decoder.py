@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.attention import LAYERS
-from sparsek_jax.nn.cache import DecoderCache, check_room
+from sparsek_jax.nn.cache import DecoderCache, LayerCache, check_room
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import document_positions
@@ -84,8 +84,8 @@ class Block(nnx.Module):
         return self._residual(x, attended), scores
 
     def extend(
-        self, x: Float[Array, "B C D"], cache: Any, num_tokens: Int[Array, " B"]
-    ) -> tuple[Any, Float[Array, "B C D"]]:
+        self, x: Float[Array, "B C D"], cache: LayerCache, num_tokens: Int[Array, " B"]
+    ) -> tuple[LayerCache, Float[Array, "B C D"]]:
         """Returns the attention's cache with these tokens appended, and the residual stream."""
         normalised = self.attention_norm(x).astype(x.dtype)
         cache, attended = self.attention.extend(normalised, cache, num_tokens)
