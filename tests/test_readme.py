@@ -1,4 +1,4 @@
-"""Runs what the README shows: Python blocks as they are, commands with smaller settings."""
+"""Runs what README and docs show: Python blocks as they are, the README's commands made smaller."""
 
 import re
 import shlex
@@ -12,7 +12,14 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PYTHON_BLOCKS = [code for language, code in BLOCKS if language == "python"]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md")))]
+PYTHON_BLOCKS = [
+    (page, code)
+    for page in PAGES
+    for code in re.findall(
+        r"^```python\n(.*?)^```$", (REPOSITORY / page).read_text(), re.MULTILINE | re.DOTALL
+    )
+]
 COMMANDS = [
     shlex.split(line, comments=True)
     for language, code in BLOCKS
@@ -48,10 +55,10 @@ def test_every_block_is_checked_here():
     assert [c for c in COMMANDS if c[0] not in known] == [["source", ".venv/bin/activate"]]
 
 
-@pytest.mark.parametrize("code", PYTHON_BLOCKS, ids=range(len(PYTHON_BLOCKS)))
-def test_python_block_runs_and_prints_what_it_says(code, capsys):
+@pytest.mark.parametrize(("page", "code"), PYTHON_BLOCKS, ids=range(len(PYTHON_BLOCKS)))
+def test_python_block_runs_and_prints_what_it_says(page, code, capsys):
     said = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, page, "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert ["".join(line.split()) for line in printed] == ["".join(line.split()) for line in said]
 
@@ -98,14 +105,7 @@ def test_programs_run_in_the_order_shown(tmp_path):
     assert (tmp_path / "runs" / "mine" / "metrics.jsonl").stat().st_size > 0
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "README.md",
-        "CONTRIBUTING.md",
-        *(f"docs/{path.name}" for path in sorted((REPOSITORY / "docs").glob("*.md"))),
-    ],
-)
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *PAGES])
 def test_links_lead_somewhere(page):
     path = REPOSITORY / page
     links = re.findall(r"\]\(([^)#]+)\)", path.read_text())
