@@ -13,7 +13,7 @@ from sparsek_jax.nn.cache import DecoderCache, LayerCache, check_room
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import document_positions
-from sparsek_jax.ops.cache import check_num_tokens
+from sparsek_jax.ops.cache import checked_num_tokens
 from sparsek_jax.ops.products import einsum_f32
 
 
@@ -283,10 +283,7 @@ class Decoder(nnx.Module):
         (rows,) = cache.length.shape
         if batch != rows:
             raise ValueError(f"tokens has shape {tokens.shape}; expected the cache's {rows} rows")
-        if num_tokens is None:
-            num_tokens = jnp.full((batch,), size, jnp.int32)
-        else:
-            check_num_tokens(num_tokens, batch, size)
+        num_tokens = checked_num_tokens(num_tokens, batch, size)
         check_room(cache, num_tokens)
         x = self._embed(tokens)
         if cache.is_stacked:

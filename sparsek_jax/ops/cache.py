@@ -248,11 +248,8 @@ def extend_cache(
     """
     check_attention_arguments(query, key, value, scores, scale)
     _check_fits(cache, key, scores)
-    batch, size = query.shape[:2]
-    if num_tokens is None:
-        num_tokens = np.full((batch,), size, np.int32)
-    else:
-        check_num_tokens(num_tokens, batch, size)
+    size = query.shape[1]
+    num_tokens = checked_num_tokens(num_tokens, *query.shape[:2])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if size == 1:
         return _extend_by_one(cache, query, key, value, scores, num_tokens, scale=scale)
@@ -261,8 +258,10 @@ def extend_cache(
     )
 
 
-def check_num_tokens(num_tokens: Any, batch: int, size: int) -> None:
-    """Raises unless these are `batch` counts from 0 to `size`, as far as they are known."""
+def checked_num_tokens(num_tokens: Any, batch: int, size: int) -> Int32[Array, " B"]:
+    """Returns `batch` counts, for None `size` each; raises if any is known not to fit."""
+    if num_tokens is None:
+        return jnp.full((batch,), size, jnp.int32)
     if not jnp.issubdtype(num_tokens.dtype, jnp.integer):
         raise TypeError(f"num_tokens must be an integer array, got dtype {num_tokens.dtype}")
     if num_tokens.shape != (batch,):
@@ -271,6 +270,7 @@ def check_num_tokens(num_tokens: Any, batch: int, size: int) -> None:
         for count in (np.min(num_tokens, initial=0), np.max(num_tokens, initial=0)):
             if not 0 <= count <= size:
                 raise ValueError(f"num_tokens holds {count}, expected 0 to C = {size}")
+    return jnp.asarray(num_tokens, jnp.int32)
 
 
 def _check_fits(cache, key, scores) -> None:

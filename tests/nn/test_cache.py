@@ -145,7 +145,7 @@ def test_rows_of_different_lengths_and_reset(variant, scan):
         tokens = jnp.stack([TOKENS[b, start[b] :][:size] for b in range(3)])
         # An id outside the vocabulary is a NaN.
         tokens = jnp.where(np.arange(size) < count[:, None], tokens, 31)
-        cache, logits = run_chunk(*split, cache, tokens, jnp.asarray(count))
+        cache, logits = run_chunk(*split, cache, tokens, jnp.asarray(count, jnp.uint8))
         for b in range(3):
             outs[b].append(logits[b, : count[b]])
     for b in range(3):

@@ -202,7 +202,7 @@ def test_rows_of_different_lengths_with_rubbish_behind_them():
         chunk = [jnp.where(beyond.reshape(4, size, *[1] * (x.ndim - 2)), jnp.nan, x) for x in chunk]
         previous = cache
         cache, out = extend_cache(
-            cache, *chunk, num_tokens=jnp.asarray(count), implementation="reference"
+            cache, *chunk, num_tokens=count.astype(np.uint8), implementation="reference"
         )
         for b in range(4):
             outs[b].append(out[b, : count[b]])
