@@ -10,7 +10,6 @@ import math
 import os
 import platform
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -20,7 +19,6 @@ import numpy as np
 import optax
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float32
 
@@ -34,6 +32,7 @@ from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, split
+from sparsek_jax.training.signals import stop_signals
 from sparsek_jax.training.workdir import check_same_corpus, check_same_run, save_run
 
 
@@ -125,7 +124,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         if jax.process_index() == 0:
             save_run(workdir, config, corpus)
         run = _Run(config, workdir, corpus, definition, mesh, optimizer, shardings)
-        with _stop_signals(config.train.log_every) as stop:
+        signals = (signal.SIGTERM, signal.SIGINT)
+        with stop_signals(signals, every=config.train.log_every) as stop:
             state, step = run.loop(state, step, iterator, held_out, checkpoints, stop)
     model = definition.merge(state["params"])
     return TrainResult(model, corpus, step, finished=step == config.train.steps)
@@ -403,47 +403,6 @@ class _Log:
                 f"gradient (train.max_bad_steps={run.config.train.max_bad_steps}); their documents "
                 f"are listed in {path}. The last checkpoint is untouched"
             )
-
-
-class _Stop:
-    """Whether a signal has asked to stop; all processes agree on the answer."""
-
-    def __init__(self, every: int):
-        self.name = ""
-        self._every = every
-
-    def __call__(self, step: int) -> bool:
-        if jax.process_count() == 1:
-            return bool(self.name)
-        # Agreeing waits for every process, so it is not done after each step.
-        if step % self._every:
-            return False
-        asked = multihost_utils.process_allgather(np.bool_(self.name)).any()
-        if asked:
-            self.name = self.name or "a signal to another process"
-        # Not whether this process has a signal by now: one that came meanwhile waits for the next
-        # agreement.
-        return bool(asked)
-
-
-@contextlib.contextmanager
-def _stop_signals(every: int) -> Iterator[_Stop]:
-    """Turns SIGTERM and SIGINT into a request; a second one of the same kind acts at once."""
-    stop = _Stop(every)
-
-    def request(number, frame):
-        del frame
-        stop.name = signal.Signals(number).name
-        signal.signal(number, previous[number])
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in previous:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def log_run(config: ml_collections.ConfigDict, corpus: Corpus, definition: ModelDefinition) -> None:

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax import nn
-from sparsek_jax.training import trainer
+from sparsek_jax.training import signals
 from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import split
@@ -277,14 +277,14 @@ def test_two_processes_train_stop_together_and_resume(corpus, tmp_path):
 
 
 def test_a_signal_that_comes_while_processes_agree_waits_for_the_next_time(monkeypatch):
-    stop = trainer._Stop(every=2)
+    stop = signals.Stop(every=2)
 
     def agree(asked):
         stop.name = "SIGTERM"
         return np.array([asked, False])
 
-    monkeypatch.setattr(trainer.jax, "process_count", lambda: 2)
-    monkeypatch.setattr(trainer.multihost_utils, "process_allgather", agree)
+    monkeypatch.setattr(signals.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(signals.multihost_utils, "process_allgather", agree)
     assert [stop(step) for step in (2, 3, 4)] == [False, False, True]
 
 
