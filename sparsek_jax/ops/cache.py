@@ -331,7 +331,9 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
         kept = jnp.where(np.arange(support.score.shape[-1]) == smallest, loser, support.score)
         lost = jnp.minimum(loser, jnp.min(support.score, axis=-1, keepdims=True))
         exceeds = (cache.length + active - w > k)[:, None]
-        support, gate = _update_support(support, score[..., :k], kept, lost, exceeds)
+        updated, gate = _update_support(support, score[..., :k], kept, lost, exceeds)
+        # Solving anew might change the last bit of rows that append nothing.
+        support = jax.tree.map(functools.partial(_where, active), updated, support)
     cache = dataclasses.replace(
         cache,
         key=key,
