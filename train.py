@@ -10,7 +10,8 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from sparsek_jax.evaluation.sampling import sample
+from sparsek_jax.generation.engine import Engine
+from sparsek_jax.generation.sampling import Sampling
 from sparsek_jax.training.cli import run
 from sparsek_jax.training.config import ConfigError
 from sparsek_jax.training.trainer import train
@@ -44,16 +45,14 @@ def main() -> None:
     result = train(config, _WORKDIR.value)
     if result.finished and config.sample.length:
         # Every process takes part in computing it.
-        text = sample(
-            result.model,
-            result.corpus.tokenizer,
-            config.sample.prompt,
-            length=config.sample.length,
-            temperature=config.sample.temperature,
-            seed=config.seed,
-            context=config.data.seq_len,
+        prompt = config.sample.prompt
+        (completion,) = Engine(result.model, result.corpus.tokenizer).generate(
+            [prompt],
+            max_tokens=config.sample.length,
+            sampling=Sampling(temperature=config.sample.temperature, seed=config.seed),
         )
         if jax.process_index() == 0:
+            text = prompt + completion.text
             print(f"--- sample at step {result.step} ---\n{text}\n---")
 
 

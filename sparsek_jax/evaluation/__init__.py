@@ -1,1 +1,1 @@
-"""Evaluation: held-out loss, the scorer's gates, reports, and text sampled from a model."""
+"""Evaluation: held-out loss, the scorer's gates, and reports."""

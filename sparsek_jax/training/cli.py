@@ -31,9 +31,10 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:  # A recipe is a program: whatever it raises.
         _fail(f"--config cannot be read: {_innermost(error)}", status=2)
     if len(arguments) > 1:
+        hint = ", with patterns in quotes (--config.data.glob='texts/*.txt')"
         _fail(
-            f"unexpected argument {arguments[1]!r}; expected --flag=value, with patterns in quotes "
-            "(--config.data.glob='texts/*.txt')",
+            f"unexpected argument {arguments[1]!r}; expected --flag=value"
+            + (hint if "config" in flags.FLAGS else ""),
             status=2,
         )
     try:

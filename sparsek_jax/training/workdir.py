@@ -1,7 +1,8 @@
 """A run's directory: the configuration and the text that the run was started with.
 
 `config.json` is the whole configuration; `run.json` names the prepared corpus, and with it the
-content of the text, and counts the processes, each of which reads documents of its own.
+content of the text, tells the tokenizer by a hash, and counts the processes, each of which reads
+documents of its own.
 """
 
 import json
@@ -12,7 +13,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from sparsek_jax.data import Corpus
+from sparsek_jax.data import Corpus, Tokenizer, load_tokenizer
+from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER, tokenizer_fingerprint
 from sparsek_jax.training.config import ConfigError
 
 # What a run may not change when it resumes: the model, and the order of its data.
@@ -37,7 +39,11 @@ def save_run(workdir: Path, config: ml_collections.ConfigDict, corpus: Corpus) -
       corpus: The text that it reads.
     """
     write_json(workdir / "config.json", json.loads(config.to_json()))
-    record = {"corpus": corpus.directory.name, "processes": jax.process_count()}
+    record = {
+        "corpus": corpus.directory.name,
+        "tokenizer": _tokenizer_fingerprint(config, corpus.directory),
+        "processes": jax.process_count(),
+    }
     write_json(workdir / "run.json", record)
 
 
@@ -55,6 +61,32 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
     return ml_collections.ConfigDict(_read_json(path))
+
+
+def load_run_tokenizer(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Tokenizer:
+    """Loads the tokenizer that a run was trained with, without reading its text.
+
+    Args:
+      workdir: The run's directory.
+      config: The run's configuration.
+
+    Raises:
+      ConfigError: It is not where it was, or is another now.
+    """
+    record = _run_record(Path(workdir))
+    directory = Path(config.data.root).expanduser() / record.get("corpus", "")
+    try:
+        tokenizer = load_tokenizer(config.data.tokenizer, directory=directory)
+    except ValueError as error:
+        raise ConfigError(f"the tokenizer of workdir={str(workdir)!r}: {error}") from error
+    fingerprint = _tokenizer_fingerprint(config, directory)
+    if record.get("tokenizer", fingerprint) != fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r} is not the tokenizer that the run in "
+            f"workdir={str(workdir)!r} was trained with: the file has changed, or the "
+            "configuration has; expected them as they were"
+        )
+    return tokenizer
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
@@ -98,6 +130,13 @@ def check_same_corpus(corpus: Corpus, workdir: Path) -> None:
             f"workdir={str(workdir)!r} was started with {name}: files were changed, added or "
             "removed; expected the same text, or another --workdir"
         )
+
+
+def _tokenizer_fingerprint(config: ml_collections.ConfigDict, corpus_directory: Path) -> str:
+    spec = config.data.tokenizer
+    if spec.startswith("bpe:"):
+        spec = str(corpus_directory / TRAINED_TOKENIZER)
+    return tokenizer_fingerprint(spec)
 
 
 def _run_record(workdir: Path) -> dict[str, Any]:

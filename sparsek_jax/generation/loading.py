@@ -1,0 +1,50 @@
+"""A trained run, ready to generate from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from sparsek_jax.data import Tokenizer
+from sparsek_jax.nn import Decoder
+from sparsek_jax.training.checkpoint import restore_model
+from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.workdir import load_config, load_run_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run's newest intact checkpoint.
+
+    Attributes:
+      model: On one device.
+      tokenizer: The one it was trained with.
+      step: Of the checkpoint.
+    """
+
+    model: Decoder
+    tokenizer: Tokenizer
+    step: int
+
+
+def load_run(workdir: str | os.PathLike) -> LoadedRun:
+    """Loads a run's model and tokenizer; the text it was trained on is not needed.
+
+    Attention is computed as suits this machine, whichever implementation the run was trained with.
+
+    Args:
+      workdir: The run's directory.
+
+    Raises:
+      FileNotFoundError: The directory holds no run or no checkpoint.
+      ConfigError: The tokenizer is missing or another, or does not fit the checkpoint.
+      CheckpointError: Checkpoints exist but none is intact.
+    """
+    config = load_config(workdir)
+    config.attention.implementation = ""
+    tokenizer = load_run_tokenizer(workdir, config)
+    try:
+        model, step = restore_model(workdir, decoder_config(config, tokenizer.vocab_size))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return LoadedRun(model, tokenizer, step)
