@@ -1,19 +1,21 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from sparsek_jax.generation.explain import QUANTILES, explain
+from sparsek_jax.generation.explain.memory import QUANTILES, explain
 from sparsek_jax.nn import AttentionConfig, Decoder, DecoderConfig
 from tests.ops import oracle
 
-LENGTH = 60
+# More than there are moments.
+LENGTH = 140
+HYBRID = {"num_layers": 2, "pattern": ("window", "sparsek")}
 
 
 def decoder(num_layers=1, scan_layers=False, **attention):
     defaults = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
-    # The plainest implementation compiles fastest.
-    defaults |= {"num_selected": 5, "sliding_window": 4, "implementation": "reference"}
+    defaults |= {"num_selected": 5, "sliding_window": 4}
     config = DecoderConfig(
         vocab_size=258,
         num_layers=num_layers,
@@ -27,8 +29,8 @@ def decoder(num_layers=1, scan_layers=False, **attention):
     return model
 
 
-def tokens(length=LENGTH):
-    return np.random.default_rng(1).integers(0, 258, length).astype(np.int32)
+def tokens():
+    return np.random.default_rng(1).integers(0, 258, LENGTH).astype(np.int32)
 
 
 def check_head(memory, layer, head):
@@ -54,7 +56,10 @@ def check_head(memory, layer, head):
     np.testing.assert_array_equal(memory.held[layer, head], attended[-1])
     np.testing.assert_array_equal(memory.displaced[layer, head], displaced)
     np.testing.assert_array_equal(memory.rejected[layer, head], rejected)
-    assert list(memory.moments) == sorted(ages)
+    moments = memory.moments.tolist()
+    assert len(moments) == min(len(ages), 128)
+    assert (moments[0], moments[-1]) == (min(ages), max(ages))
+    assert max(np.diff(moments, append=length)) <= 2
     for row, t in enumerate(memory.moments):
         np.testing.assert_allclose(memory.ages[layer, head, row], ages[t])
     # No two keys share a slot at a time.
@@ -65,14 +70,11 @@ def check_head(memory, layer, head):
     ("settings", "layers", "heads"),
     [
         ({}, (0,), 2),
-        ({"sliding_window": 0}, (0,), 2),
-        ({"shared_scores": True, "num_selected": 1}, (0,), 1),
-        ({"num_layers": 2, "pattern": ("window", "sparsek")}, (1,), 2),
+        ({"sliding_window": 0, "shared_scores": True}, (0,), 1),
+        ({"sliding_window": LENGTH - 3}, (0,), 2),
+        (HYBRID, (1,), 2),
         ({"num_layers": 3, "pattern": ("sparsek", "dense", "sparsek")}, (0, 2), 2),
         ({"num_layers": 2, "scan_layers": True, "gating": "straight_through"}, (0, 1), 2),
-        ({"num_selected": LENGTH}, (0,), 2),
-        ({"sliding_window": LENGTH - 3}, (0,), 2),
-        ({"sliding_window": LENGTH + 9}, (0,), 2),
     ],
 )
 def test_equals_selections_made_query_by_query(settings, layers, heads):
@@ -87,19 +89,11 @@ def test_equals_selections_made_query_by_query(settings, layers, heads):
 
 
 def test_scores_are_those_of_the_model():
-    model = decoder(num_layers=2, pattern=("window", "sparsek"))
-    memory = explain(model, tokens(30))
-    (scores,) = model.hidden(jnp.asarray(tokens(30))[None], return_scores=True)[1].values()
-    np.testing.assert_allclose(memory.score, scores[:1].swapaxes(1, 2), rtol=1e-5, atol=1e-5)
-
-
-def test_ages_are_told_at_a_bounded_number_of_moments():
-    memory = explain(decoder(), tokens(300))
-    assert len(memory.moments) <= 128
-    assert (memory.moments[0], memory.moments[-1]) == (4, 299)
-    assert np.all(np.diff(memory.moments) > 0)
-    # The first moment knows one key, which is as old as the window is long.
-    np.testing.assert_array_equal(memory.ages[:, :, 0], 4)
+    model = decoder(**HYBRID)
+    memory = explain(model, tokens())
+    scores_of = jax.jit(lambda tokens: model.hidden(tokens, return_scores=True)[1])
+    (scores,) = scores_of(tokens()[None]).values()
+    np.testing.assert_allclose(memory.score, scores.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
 
 
 def test_one_token():
