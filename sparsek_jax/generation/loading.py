@@ -46,5 +46,7 @@ def load_run(workdir: str | os.PathLike) -> LoadedRun:
     try:
         model, step = restore_model(workdir, decoder_config(config, tokenizer.vocab_size))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(
+            f"{error}; data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids"
+        ) from error
     return LoadedRun(model, tokenizer, step)
