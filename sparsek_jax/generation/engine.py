@@ -7,6 +7,7 @@ room that is known in advance; another amount of room takes other programs.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import functools
 import time
@@ -60,12 +61,10 @@ class Snapshot:
     Attributes:
       state: A copy of the device's part.
       lengths: Tokens of every row.
-      context: The newest tokens of every row.
     """
 
     state: State
     lengths: np.ndarray
-    context: list[list[int]]
 
 
 Reason = Literal["eos", "stop", "length", "cancelled"]
@@ -198,6 +197,7 @@ class Session:
 
     Attributes:
       completions: Of the last `stream`, by row.
+      tokens: Ids that every row holds. For those who ask; the model does not need them.
       statistics: Of everything so far.
     """
 
@@ -222,7 +222,7 @@ class Session:
         self.statistics.compile_seconds += time.perf_counter() - start
         self.statistics.cache_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state.cache))
         self._lengths = np.zeros(batch_size, np.int64)
-        self._context: list[list[int]] = [[] for _ in range(batch_size)]
+        self.tokens = [array.array("i") for _ in range(batch_size)]
 
     @property
     def room(self) -> int | None:
@@ -309,7 +309,9 @@ class Session:
             raise ValueError("a row has no tokens; expected something to be appended first")
         self._check_room(max_tokens)
         tokenizer = self._engine.tokenizer
-        texts = [TextStream(tokenizer, stop=stop, context=row) for row in self._context]
+        texts = [
+            TextStream(tokenizer, stop=stop, context=row[-_NUM_CONTEXT:]) for row in self.tokens
+        ]
         left = np.full(len(texts), max_tokens, np.int32)
         reasons: list[Reason | None] = [None] * len(texts)
         settings = (sampling or Sampling()).arrays()
@@ -354,12 +356,14 @@ class Session:
     def snapshot(self) -> Snapshot:
         """Returns a copy of the rows as they are now."""
         state = self._engine._copy(self._state)
-        return Snapshot(state, self._lengths, self._context)
+        return Snapshot(state, self._lengths)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Returns to a snapshot of this session, which must not be used again."""
         self._state = snapshot.state
-        self._lengths, self._context = snapshot.lengths, snapshot.context
+        self._lengths = snapshot.lengths
+        for row, length in zip(self.tokens, self._lengths, strict=True):
+            del row[length:]
         self.statistics.held_tokens = int(self._lengths.sum())
 
     def _decode_block(self, left, size, settings):
@@ -379,10 +383,8 @@ class Session:
 
     def _grow(self, ids):
         self._lengths = self._lengths + [len(row) for row in ids]
-        self._context = [
-            [*context, *row[-_NUM_CONTEXT:]][-_NUM_CONTEXT:]
-            for context, row in zip(self._context, ids, strict=True)
-        ]
+        for row, new in zip(self.tokens, ids, strict=True):
+            row.extend(new)
         self.statistics.held_tokens = int(self._lengths.sum())
 
     def _check_room(self, sizes):

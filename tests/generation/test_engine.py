@@ -104,6 +104,8 @@ def test_text_that_is_appended_later_continues_the_document():
     expected = engine.generate(prompts, max_tokens=LENGTH, sampling=GREEDY)
     assert texts == [completion.text for completion in expected]
     assert session.statistics.held_tokens == 3 * LENGTH + len("".join(prompts)) + 3
+    for row, prompt, text in zip(session.tokens, prompts, texts, strict=True):
+        assert row.tolist() == [BOS, *(prompt + text).encode()]
 
 
 def test_snapshots_are_returned_to():
@@ -115,6 +117,7 @@ def test_snapshots_are_returned_to():
         list(session.stream(max_tokens=LENGTH, sampling=GREEDY))
         texts.append([completion.text for completion in session.completions])
         session.restore(snapshot)
+        assert [row.tolist() for row in session.tokens] == [[BOS, *p.encode()] for p in PROMPTS]
     assert texts[0] == texts[1]
 
 
