@@ -8,13 +8,14 @@ breakpoints b > x: piecewise linear and falling.
 All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
 its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every second breakpoint, in
-long rows for every fourth; those in between are added on the spot.
+of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
+in between are added on the spot.
 
 Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
 another one's rounding.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from sparsek_jax.ops.indexing import gather, rows_of, scatter
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
-_LONG_ROW = 1 << 15  # breakpoints from which on sums would not fit a cache: fewer are stored
+_RUN_BITS = 2  # 4 breakpoints between stored sums, fewer than a node has
 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
 # they open (the others close one), and their weighted values in fixed point, as high and low parts.
@@ -50,18 +51,17 @@ def _fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], 
 class _Level(NamedTuple):
     """One level of the trees of all rows, breakpoints in order of (node, position).
 
-    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them. A run is the 2^run_bits
-    breakpoints, fewer than a node has, that share one stored sum.
+    A child is 2^shift ranks wide, a node has 2^_DIGIT_BITS of them. A run is 2^_RUN_BITS
+    breakpoints.
     """
 
-    shift: int
-    run_bits: int
+    shift: Int32[Array, ""]
     digit: Int32[Array, "R n"]  # the child that a breakpoint is in
     # Of every run, from the lowest bits: each breakpoint's digit, and whether it opens a key.
     words: Int32[Array, "R runs"]
     values: Int32[Array, "2 R n"]  # high and low
-    # Over the runs of breakpoints of a node up to this one: of those in the children before child
-    # 1, 2, ..., the last.
+    # Over the runs of the row before this one: of those in the children before child 1, 2, ..., the
+    # last, of any node.
     sums: Int32[Array, "columns children R runs"]
 
     def before(self, column, row, base, count, child):
@@ -74,13 +74,12 @@ class _Level(NamedTuple):
           count: How many of its breakpoints, in order of position.
           child: 1 to the last.
         """
-        runs = count >> self.run_bits
-        next_run = (base >> self.run_bits) + runs
-        stored = gather(self.sums, column, child - 1, row, jnp.maximum(next_run - 1, 0))
-        total = jnp.where(runs > 0, stored, 0)
-        word = gather(self.words, row, jnp.minimum(next_run, self.words.shape[1] - 1))
-        for i in range((1 << self.run_bits) - 1):
-            at = (next_run << self.run_bits) + i
+        first_run, next_run = base >> _RUN_BITS, (base + count) >> _RUN_BITS
+        sums = functools.partial(gather, self.sums, column, child - 1, row)
+        total = sums(next_run) - sums(first_run)
+        word = gather(self.words, row, next_run)
+        for i in range((1 << _RUN_BITS) - 1):
+            at = (next_run << _RUN_BITS) + i
             inside = at < base + count
             if column == _COUNT:
                 value = 1
@@ -93,13 +92,14 @@ class _Level(NamedTuple):
         return total
 
 
-def _make_level(ranks, by_rank, shift: int) -> _Level:
+def _make_level(ranks, by_rank, shift) -> _Level:
     digit = (ranks >> shift) & len(_CHILDREN)
     column = np.arange(4, dtype=np.int32)[:, None, None]
     values = gather(by_rank, column, rows_of(ranks), ranks)
-    run_bits = 2 if ranks.shape[1] > _LONG_ROW else 1
-    run = 1 << run_bits
-    short = ((0, 0), (0, -ranks.shape[1] % run))
+    run = 1 << _RUN_BITS
+    # A run more, as sums are of what comes before.
+    num_runs = ranks.shape[1] // run + 1
+    short = ((0, 0), (0, num_runs * run - ranks.shape[1]))
     digits, columns = jnp.pad(digit, short), jnp.pad(values, ((0, 0), *short))
     words = sum(
         (digits[:, i::run] | columns[_OPENED, :, i::run] << _DIGIT_BITS) << (_DIGIT_BITS + 1) * i
@@ -109,10 +109,8 @@ def _make_level(ranks, by_rank, shift: int) -> _Level:
     runs = sum(
         jnp.where(digits[:, i::run] < child, columns[:, None, :, i::run], 0) for i in range(run)
     )
-    node = min(1 << (shift + _DIGIT_BITS - run_bits), runs.shape[3])
-    runs = jnp.pad(runs, ((0, 0), (0, 0), (0, 0), (0, -runs.shape[3] % node)))
-    sums = jnp.cumsum(runs.reshape(*runs.shape[:3], -1, node), axis=4)
-    return _Level(shift, run_bits, digit, words, values[_HIGH:], sums.reshape(runs.shape))
+    sums = jnp.cumsum(jnp.pad(runs[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=3)
+    return _Level(shift, digit, words, values[_HIGH:], sums)
 
 
 def _partition(level: _Level, ranks):
@@ -173,6 +171,7 @@ def thresholds_of_prefixes(
     num_selected: int,
     *,
     packed: bool,
+    unroll: bool = False,
 ) -> tuple[Float[Array, "R M"], Int32[Array, "R M"]]:
     """For every key, the threshold of the pool that it completes: the keys of its document so far.
 
@@ -183,6 +182,8 @@ def thresholds_of_prefixes(
       num_selected: k.
       packed: Whether to sort by document first. Without, scores must already fall from one document
         to the next.
+      unroll: Whether to compile every level by itself, which takes a multiple of the time to
+        compile and spares a GPU a third of the launches.
 
     Returns:
       tau, meaningless where the pool holds no more than k keys, and the position of the k-th key in
@@ -227,32 +228,34 @@ def thresholds_of_prefixes(
             sums[_LOW] - slope * gather(low, row, rank),
         )
 
-    for i in reversed(range(depth)):
-        level = _make_level(ranks, by_rank, _DIGIT_BITS * i)
+    def descend(i, state):
+        ranks, to_tau, sums, to_kth, opened = state
+        level = _make_level(ranks, by_rank, _DIGIT_BITS * (depth - 1 - i))
 
-        def sums_before(child, level=level, sums=sums, walk=to_tau):
-            return [x + level.before(c, row, *walk, child) for c, x in enumerate(sums)]
+        def sums_before(child):
+            return [x + level.before(c, row, *to_tau, child) for c, x in enumerate(sums)]
 
-        def exceeds_k(child, level=level, walk=to_tau, sums_before=sums_before):
-            rank = walk.base + (child << level.shift)
+        def exceeds_k(child):
+            rank = to_tau.base + (child << level.shift)
             excess_high, excess_low = excess(sums_before(child), rank)
             carried = excess_high + (excess_low >> bits)
             exceeds = (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
             return (rank > first) & ((rank >= stop) | exceeds)
 
-        def holds_k(child, level=level, walk=to_kth, opened=opened):
-            return opened + level.before(_OPENED, row, *walk, child) >= num_selected
+        def holds_k(child):
+            return opened + level.before(_OPENED, row, *to_kth, child) >= num_selected
 
-        walk, goes = _step(level, row, to_tau, exceeds_k, size)
+        next_to_tau, goes = _step(level, row, to_tau, exceeds_k, size)
         before = sums_before(jnp.maximum(goes, 1))
-        sums = [jnp.where(goes > 0, x, y) for x, y in zip(before, sums, strict=True)]
-        to_tau = walk
-        walk, goes = _step(level, row, to_kth, holds_k, size)
+        next_sums = [jnp.where(goes > 0, x, y) for x, y in zip(before, sums, strict=True)]
+        next_to_kth, goes = _step(level, row, to_kth, holds_k, size)
         before = level.before(_OPENED, row, *to_kth, jnp.maximum(goes, 1))
-        opened += jnp.where(goes > 0, before, 0)
-        to_kth = walk
-        if i:
-            ranks = _partition(level, ranks)
+        next_opened = opened + jnp.where(goes > 0, before, 0)
+        return _partition(level, ranks), next_to_tau, next_sums, next_to_kth, next_opened
+
+    _, to_tau, sums, to_kth, _ = jax.lax.fori_loop(
+        0, depth, descend, (ranks, to_tau, sums, to_kth, opened), unroll=unroll
+    )
 
     # f is at most k at the breakpoint of this rank, and linear from it to the next, where it
     # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.

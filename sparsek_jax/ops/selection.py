@@ -236,8 +236,9 @@ def _thresholds(settings, scores, documents):
         )
         num_kept = jnp.max(jnp.sum(keep, axis=1))
         for room in reversed(rooms):
-            search = functools.partial(_search_kept, settings, room, finite, keep, start, end)
-            searches.append(search)
+            # The smallest nearly always suffices.
+            search = functools.partial(_search_kept, settings, room, unroll=room == rooms[0])
+            searches.append(functools.partial(search, finite, keep, start, end))
         chosen = jnp.sum(num_kept <= np.array(rooms), dtype=jnp.int32)
     found = jax.lax.switch(chosen, searches)
     tau, kth, lifetimes = found
@@ -272,7 +273,7 @@ def _search(settings, scores, start, end):
     return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
 
 
-def _search_kept(settings, room, scores, keep, start, end):
+def _search_kept(settings, room, scores, keep, start, end, *, unroll):
     """`_search` among the keys marked `keep`, of which there are at most `room`."""
     num_rows, length = scores.shape
     row = rows_of(scores)
@@ -297,7 +298,7 @@ def _search_kept(settings, room, scores, keep, start, end):
     kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))
 
     # Thresholds change only where a kept key enters, so these are all there are.
-    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends)
+    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends, unroll=unroll)
     newest = jnp.maximum(gather(up_to, row, _newest(settings, start)) - 1, 0)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
@@ -308,10 +309,10 @@ def _search_kept(settings, room, scores, keep, start, end):
     return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
 
 
-def _at_entries(settings, scores, start, end):
+def _at_entries(settings, scores, start, end, *, unroll=False):
     """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
     tau, kth = thresholds_of_prefixes(
-        scores, start, end, settings.num_selected, packed=settings.packed
+        scores, start, end, settings.num_selected, packed=settings.packed, unroll=unroll
     )
     entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start
     tau = jnp.where(entered >= settings.num_selected, tau, -jnp.inf)

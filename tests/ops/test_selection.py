@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsek_jax import causal_selection
-from sparsek_jax.ops import descent
 from sparsek_jax.ops.pruning import capacities, may_matter
 from tests.ops import oracle
 
@@ -94,19 +93,6 @@ def test_long_rows(kind, documents):
     selection = select(scores[None, :, None], k, window, given)
     queries = np.random.default_rng(1).integers(0, length, 300)
     check_against_oracle(scores, selection, k, window, segment_ids, queries)
-
-
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_rows_with_fewer_stored_sums(is_packed, monkeypatch):
-    monkeypatch.setattr(descent, "_LONG_ROW", 0)
-    # A shape of its own, or a program compiled before would run.
-    length, k, window = 1009, 30, 5
-    segment_ids = packed(length) if is_packed else np.zeros(length, np.int32)
-    for kind in SCORES:
-        scores = make_scores(kind, length)
-        given = segment_ids[None] if is_packed else None
-        selection = select(scores[None, :, None], k, window, given)
-        check_against_oracle(scores, selection, k, window, segment_ids, range(length))
 
 
 @pytest.mark.parametrize("kind", SCORES)
