@@ -42,6 +42,7 @@ SMALLER = {
         "--config.data.max_documents=40",
         "--config.sample.length=4",
     ),
+    "generate.py": ("--max_tokens=4",),
     "benchmarks.scaling": ("--length=32,64", "--num_selected=8", "--sliding_window=8"),
 }
 SMALLER["eval.py"] = SMALLER["train.py"]
