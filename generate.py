@@ -40,6 +40,12 @@ _MAX_LENGTH = flags.DEFINE_integer(
     "With --interactive and layers of dense attention: most tokens of the conversation; 8192 by "
     "default. Other layers remember as much of any length.",
 )
+_EXPLAIN = flags.DEFINE_string(
+    "explain",
+    None,
+    "Directory for explain.html and explain.png: which tokens every layer and head kept, for how "
+    "long, and what displaced them.",
+)
 flags.mark_flag_as_required("workdir")
 flags.register_validator("workdir", lambda path: path != "", "expected a directory")
 
@@ -65,6 +71,7 @@ def main() -> None:
         sampling=sampling,
         stop=_STOP.value,
         max_length=_MAX_LENGTH.value,
+        explain=_EXPLAIN.value,
     )
     try:
         status = generate(request, stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)

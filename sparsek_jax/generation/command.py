@@ -13,7 +13,8 @@ from typing import TextIO
 
 from sparsek_jax.generation.chat import Chat
 from sparsek_jax.generation.engine import Engine, Session
-from sparsek_jax.generation.loading import load_run
+from sparsek_jax.generation.explain import check_explainable, write_explanation
+from sparsek_jax.generation.loading import LoadedRun, load_run
 from sparsek_jax.generation.sampling import Sampling
 from sparsek_jax.training.config import ConfigError
 from sparsek_jax.training.signals import stop_signals
@@ -40,6 +41,7 @@ class Request:
       stop: Strings before which a text ends.
       max_length: Interactive, with dense attention: most tokens of the whole conversation; None for
         8192.
+      explain: Directory for a page and a picture of what was remembered of the one text.
 
     Raises:
       ConfigError: A field is out of range or contradicts another; the message names the flag.
@@ -54,6 +56,7 @@ class Request:
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     stop: Sequence[str] = ()
     max_length: int | None = None
+    explain: str | None = None
 
     def __post_init__(self):
         sources = {name: getattr(self, name) for name in ("prompt", "prompt_file", "prompts_file")}
@@ -79,6 +82,13 @@ class Request:
                 )
             if self.max_length < 2:
                 raise ConfigError(f"--max_length={self.max_length}; expected at least 2")
+        if self.explain == "":
+            raise ConfigError("--explain='' is empty; expected a directory")
+        if self.explain is not None and self.prompts_file is not None:
+            raise ConfigError(
+                f"--explain={self.explain!r} with --prompts_file={self.prompts_file!r}; expected "
+                "one text, with --prompt or --prompt_file"
+            )
 
 
 def generate(request: Request, *, stdin: TextIO, stdout: TextIO, stderr: TextIO) -> int:
@@ -99,7 +109,8 @@ def generate(request: Request, *, stdin: TextIO, stdout: TextIO, stderr: TextIO)
 
     Raises:
       ConfigError: A prompt is missing, empty or unreadable, the run does not have what is needed,
-        the conversation has no room left, or the model's logits are not finite.
+        the conversation has no room left, the model's logits are not finite, or it selects nothing
+        that could be explained.
       FileNotFoundError: The directory holds no run or no checkpoint.
       CheckpointError: Checkpoints exist but none is intact.
     """
@@ -108,6 +119,8 @@ def generate(request: Request, *, stdin: TextIO, stdout: TextIO, stderr: TextIO)
     engine = Engine(run.model, run.tokenizer)
     print(f"step {run.step} of {request.workdir}", file=stderr)
     try:
+        if request.explain is not None:
+            _check_explain(request, run)
         if request.interactive:
             session = Session(engine, 1, max_length=_room(request, engine))
             work = functools.partial(_converse, request, prompts, session, stdin, stdout, stderr)
@@ -115,12 +128,39 @@ def generate(request: Request, *, stdin: TextIO, stdout: TextIO, stderr: TextIO)
             session = engine.start(prompts, max_tokens=request.max_tokens)
             write = _write_one if request.prompts_file is None else _write_all
             work = functools.partial(write, request, prompts, session, stdout)
+        prompt_length = len(session.tokens[0])
         try:
-            return work()
+            status = work()
         finally:
             print(session.statistics.report(engine.model_config), file=stderr)
+        if request.explain is not None and session.tokens[0]:
+            paths = write_explanation(
+                request.explain,
+                run.model,
+                run.tokenizer,
+                session.tokens[0],
+                title=f"{Path(request.workdir).absolute().name}, step {run.step}",
+                # A conversation goes to and fro.
+                prompt_length=None if request.interactive else prompt_length,
+            )
+            for path in paths:
+                print(f"wrote {path}", file=stderr)
+        return status
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _check_explain(request: Request, run: LoadedRun) -> None:
+    """Finds out before anything is written, and not after."""
+    try:
+        check_explainable(run.model.config)
+        Path(request.explain).mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        raise ConfigError(f"--explain={request.explain!r}: {error}") from error
+    except OSError as error:
+        raise ConfigError(
+            f"--explain={request.explain!r}: {error.strerror}; expected a directory to write to"
+        ) from error
 
 
 def _write_one(request, prompts, session, stdout) -> int:

@@ -172,6 +172,12 @@ def test_a_conversation_with_dense_attention_gets_full(chain):
         ({"prompt": "a", "max_length": 9}, "--max_length=9 without --interactive"),
         ({"interactive": True, "max_length": 1}, "--max_length=1; expected at least 2"),
         ({"interactive": True, "max_length": 9}, "--max_length=9, but the model has no layers"),
+        ({"prompt": "a", "explain": ""}, "--explain='' is empty; expected a directory"),
+        ({"prompt": "a", "explain": "x"}, "--explain='x': the model has no SparseK layer, only "),
+        (
+            {"prompts_file": "LINES", "explain": "x"},
+            "--explain='x' with --prompts_file='LINES'; expected one text",
+        ),
         ({"prompt": "xN"}, "the logits behind token 3 of row 0 are NaN or infinite"),
     ],
 )
@@ -182,6 +188,37 @@ def test_mistakes_are_named(chain, fields, message, tmp_path, monkeypatch):
     (tmp_path / "LATIN").write_bytes("é".encode("latin-1"))
     with pytest.raises(ConfigError, match=message):
         call(**fields)
+
+
+def test_what_was_remembered_is_explained_when_the_text_is_written(monkeypatch, tmp_path):
+    model = decoder()
+    monkeypatch.setattr(command, "load_run", lambda workdir: LoadedRun(model, TOKENIZER, 7))
+    calls = []
+
+    def write(*arguments, **options):
+        calls.append((*arguments, options))
+        return [arguments[0] + "/page"]
+
+    monkeypatch.setattr(command, "write_explanation", write)
+    directory = str(tmp_path / "explained")
+    _, out, messages = call(prompt="hello", max_tokens=9, explain=directory)
+    assert (tmp_path / "explained").is_dir()
+    assert messages.endswith(f"\nwrote {directory}/page\n")
+    _, answers, _ = call(stdin="hello\nyou\n", interactive=True, max_tokens=9, explain=directory)
+    call(stdin="", interactive=True, explain=directory)
+
+    # A conversation that never began left nothing to explain.
+    (_, *loaded, tokens, options), (*_, conversation, of_conversation) = calls
+    assert loaded == [model, TOKENIZER]
+    assert tokens.tolist() == [TOKENIZER.bos_id, *f"hello{out}".encode()]
+    assert options == {"title": "x, step 7", "prompt_length": 6}
+    first, second = answers.splitlines()
+    assert TOKENIZER.decode(conversation) == f"hello\n{first}\nyou\n{second}"
+    assert of_conversation == {"title": "x, step 7", "prompt_length": None}
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--explain=.*: File exists; expected a directory"):
+        call(prompt="hello", explain=str(tmp_path / "file"))
 
 
 @pytest.fixture(scope="module")
