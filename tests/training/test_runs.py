@@ -238,14 +238,14 @@ def test_a_run_without_its_checkpoints_does_not_begin_anew(straight, corpus, tmp
 def test_two_processes_train_stop_together_and_resume(corpus, tmp_path):
     arguments = ("train.steps=8", "optimizer.warmup_steps=1", "train.log_every=2")
 
-    def start(steps_to_signal=None, workdir=tmp_path / "run"):
+    def start(*more, steps_to_signal=None, workdir=tmp_path / "run"):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         processes = [
             subprocess.Popen(
                 [
-                    *command(workdir, corpus, *arguments),
+                    *command(workdir, corpus, *arguments, *more),
                     "--distributed",
                     f"--coordinator=localhost:{port}",
                     "--num_processes=2",
@@ -268,7 +268,7 @@ def test_two_processes_train_stop_together_and_resume(corpus, tmp_path):
         assert [process.wait() for process in processes] == [0, 0], output + other
         return output
 
-    start(workdir=tmp_path / "straight")
+    assert "sample at step 8" in start("sample.length=3", workdir=tmp_path / "straight")
     assert "stopped at step" in start(steps_to_signal=2)
     assert "resuming from step" in start()
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
