@@ -5,12 +5,11 @@
 
 Two model shapes with random weights in bfloat16 decode greedily, a block of tokens in one jit,
 after contexts of several lengths, once with SparseK attention (k = w = 512, soft gates) and once
-with dense attention over a cache of all tokens (XLA, layers unrolled, so that the cache is extended
-in place). SparseK's cache is that of a prompt of the whole context, prefilled in chunks, one member
-copied over the batch; what a dense cache holds does not change its time, so it holds zeros. Each
-figure is the median of five blocks. Nothing is timed before prefill and decode give the hidden
-states of the whole forward pass. Writes decode.json and decode.png; `--plot_only` draws the latter
-again.
+with dense attention over a cache of all tokens (XLA, extended in place). SparseK's cache is that of
+a prompt of the whole context, prefilled in chunks, one member copied over the batch; what a dense
+cache holds does not change its time, so it holds zeros. Each figure is the median of five blocks.
+Nothing is timed before prefill and decode give the hidden states of the whole forward pass. Writes
+decode.json and decode.png; `--plot_only` draws the latter again.
 """
 
 import dataclasses
@@ -58,8 +57,7 @@ def config_of(name: str, kind: str) -> DecoderConfig:
     """A model's configuration."""
     shape = dict(_SHAPES[name])
     attention = AttentionConfig(kind=kind, **shape.pop("attention"))
-    scan_layers = kind == "sparsek"
-    return DecoderConfig(attention=attention, scan_layers=scan_layers, dtype="bfloat16", **shape)
+    return DecoderConfig(attention=attention, scan_layers=True, dtype="bfloat16", **shape)
 
 
 def make_model(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
@@ -233,7 +231,7 @@ def measure_sparsek(name, contexts, batches, compiled, report) -> None:
             }
         )
         for batch in batches:
-            copies = jax.tree.map(lambda x, n=batch: jnp.repeat(x, n, axis=1), cache)
+            copies = jax.tree.map(lambda x, n=batch: jnp.repeat(x, n, axis=0), cache)
             row = {"model": name, "kind": "sparsek", "context": length, "batch": batch}
             time_decode(row, compiled[name, "sparsek", batch], params, copies)
             report(row)

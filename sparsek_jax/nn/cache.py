@@ -1,8 +1,7 @@
 """What every kind of attention layer remembers while a decoder generates.
 
-All are pytrees of fixed shapes. In every array the first axis is the batch, but for `DecoderCache`
-with stacked layers, where it is the second. Except for the `SparseKCache`, nothing is nothing but
-zeros.
+All are pytrees of fixed shapes. In every array the first axis is the batch. Except for the
+`SparseKCache`, nothing is nothing but zeros.
 """
 
 import dataclasses
@@ -80,26 +79,21 @@ class DenseCache:
 LayerCache = ScoredCache | WindowCache | DenseCache
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=["is_stacked"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
     """Of all layers of a decoder, `Decoder.init_cache` makes an empty one.
 
     Attributes:
-      layers: Caches in the order of `Decoder.layers`.
-      is_stacked: Whether each of these is of several layers, along a leading axis.
+      layers: Caches in the order of the layers, also where their parameters are stacked.
     """
 
     layers: tuple[LayerCache, ...]
-    is_stacked: bool
 
     @property
     def length(self) -> Int32[Array, " B"]:
         """Tokens so far."""
-        length = self.layers[0].length
-        return length[0] if self.is_stacked else length
+        return self.layers[0].length
 
     def reset(self, rows: Bool[Array, " B"]) -> "DecoderCache":
         """Empties the members of the batch that `rows`, a bool array `[B]`, marks."""
@@ -109,8 +103,7 @@ class DecoderCache:
                 return ScoredCache(reset_cache(layer.sparsek, rows), _zeroed(layer.norm, rows))
             return _zeroed(layer, rows)
 
-        each = jax.vmap(reset) if self.is_stacked else reset
-        return dataclasses.replace(self, layers=tuple(each(layer) for layer in self.layers))
+        return DecoderCache(tuple(reset(layer) for layer in self.layers))
 
 
 def check_room(cache: DecoderCache, num_tokens: Int[Array, " B"]) -> None:

@@ -242,12 +242,14 @@ class Decoder(nnx.Module):
           TypeError: An argument is not an int.
           ValueError: An argument is out of range or missing.
         """
-        sizes = {"max_length": max_length, "support_size": support_size}
-        layers = [layer.attention.init_cache(batch_size, **sizes) for layer in self.layers]
-        if self.config.scan_layers:
-            repeats = self.config.num_layers // self.config.period
-            layers = [jax.tree.map(lambda x: jnp.stack([x] * repeats), x) for x in layers]
-        return DecoderCache(tuple(layers), is_stacked=self.config.scan_layers)
+        return DecoderCache(
+            tuple(
+                self.layers[i % len(self.layers)].attention.init_cache(
+                    batch_size, max_length=max_length, support_size=support_size
+                )
+                for i in range(self.config.num_layers)
+            )
+        )
 
     def extend(
         self,
@@ -286,27 +288,44 @@ class Decoder(nnx.Module):
         num_tokens = checked_num_tokens(num_tokens, batch, size)
         check_room(cache, num_tokens)
         x = self._embed(tokens)
-        if cache.is_stacked:
-            splits = [nnx.split(layer) for layer in self.layers]
-            blocks = [graphdef for graphdef, _ in splits]
-
-            def repetition(x, inputs):
-                extended = []
-                for block, (state, layer_cache) in zip(blocks, inputs, strict=True):
-                    block = nnx.merge(block, state)
-                    layer_cache, x = block.extend(x, layer_cache, num_tokens)
-                    extended.append(layer_cache)
-                return x, tuple(extended)
-
-            states = [state for _, state in splits]
-            x, layers = jax.lax.scan(repetition, x, list(zip(states, cache.layers, strict=True)))
+        if self.config.scan_layers and size > 1:
+            layers, x = self._scan_with_caches(x, cache.layers, num_tokens)
         else:
+            # One token at a time the caches would be copied whole to be stacked.
             layers = []
-            for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-                layer_cache, x = block.extend(x, layer_cache, num_tokens)
+            for i, layer_cache in enumerate(cache.layers):
+                layer_cache, x = self._layer(i).extend(x, layer_cache, num_tokens)
                 layers.append(layer_cache)
-        cache = DecoderCache(tuple(layers), is_stacked=cache.is_stacked)
-        return cache, self.final_norm(x).astype(self.config.dtype)
+        return DecoderCache(tuple(layers)), self.final_norm(x).astype(self.config.dtype)
+
+    def _layer(self, index):
+        if not self.config.scan_layers:
+            return self.layers[index]
+        repeat, offset = divmod(index, len(self.layers))
+        graphdef, state = nnx.split(self.layers[offset])
+        return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
+
+    def _scan_with_caches(self, x, caches, num_tokens):
+        period = len(self.layers)
+        splits = [nnx.split(layer) for layer in self.layers]
+
+        def repetition(x, inputs):
+            extended = []
+            for (block, _), (state, cache) in zip(splits, inputs, strict=True):
+                cache, x = nnx.merge(block, state).extend(x, cache, num_tokens)
+                extended.append(cache)
+            return x, extended
+
+        stacked = [
+            (state, jax.tree.map(lambda *x: jnp.stack(x), *caches[offset::period]))
+            for offset, (_, state) in enumerate(splits)
+        ]
+        x, extended = jax.lax.scan(repetition, x, stacked)
+        layers = [
+            jax.tree.map(lambda x, i=i: x[i // period], extended[i % period])
+            for i in range(len(caches))
+        ]
+        return layers, x
 
 
 def output_logits(

@@ -153,12 +153,11 @@ def test_rows_of_different_lengths_and_reset(variant, scan):
 
     reset = cache.reset(jnp.array([False, True, False]))
     np.testing.assert_array_equal(reset.length, [29, 0, 23])
-    axis = 1 if scan else 0
     caches = (reset, cache, empty_cache(model, max_length=60))
     leaves = (map(np.asarray, jax.tree.leaves(x)) for x in caches)
     for x, y, z in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(np.delete(x, 1, axis), np.delete(y, 1, axis))
-        np.testing.assert_array_equal(np.take(x, 1, axis), np.take(z, 1, axis))
+        np.testing.assert_array_equal(np.delete(x, 1, axis=0), np.delete(y, 1, axis=0))
+        np.testing.assert_array_equal(x[1], z[1])
     again = [jnp.roll(TOKENS[b], -int(reset.length[b]))[:13] for b in range(3)]
     _, logits = run_chunk(*split, reset, jnp.stack(again))
     for b in range(3):
