@@ -59,6 +59,7 @@ def made_up(length, layers=2, heads=3, k=4, window=5, **fields):
     """A memory whose arrays have the right shapes and arbitrary content."""
     rng = np.random.default_rng(0)
     shape = (layers, heads, length)
+    displaced = rng.random(shape) < 0.5
     moments = np.arange(min(window, length), length, 3, dtype=np.int32)
     start = np.arange(length)
     defaults = {
@@ -69,8 +70,8 @@ def made_up(length, layers=2, heads=3, k=4, window=5, **fields):
         "score": rng.standard_normal(shape).astype(np.float32),
         "until": rng.integers(np.minimum(start + 1, length), length + 1, shape).astype(np.int32),
         "slot": rng.integers(0, k, shape).astype(np.int32),
-        "displaced": rng.random(shape) < 0.5,
-        "rejected": rng.random(shape) < 0.5,
+        "displaced": displaced,
+        "rejected": ~displaced & (rng.random(shape) < 0.5),
         "moments": moments,
         "ages": np.sort(rng.random((layers, heads, len(moments), 5)), -1).astype(np.float32),
     }
@@ -155,8 +156,7 @@ def test_bytes_that_are_no_text_lose_nothing():
     "sizes",
     [
         {"length": 60},
-        # Nothing left the window; nobody had to leave; one token.
-        {"length": 5},
+        # Nobody had to leave; nothing left the window.
         {"length": 9},
         {"length": 1},
         {"length": 700, "layers": 9, "heads": 2},

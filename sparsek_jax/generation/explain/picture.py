@@ -120,7 +120,7 @@ def _plot_evictions(ax, memory: Memory) -> None:
         label = f"layer {layer}" if index in named else None
         ax.plot(middle, share, color=colours[index], linewidth=1, alpha=0.7, label=label)
     ax.plot(middle, shares.mean(axis=0), color="black", linewidth=2, label="all layers")
-    ax.legend(fontsize=8, frameon=False, loc="upper right")
+    ax.legend(fontsize=8, edgecolor="none", loc="upper right")
 
 
 def _bins(length: int, count: int) -> Int[np.ndarray, " edges"]:
