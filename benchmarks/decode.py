@@ -79,7 +79,7 @@ def make_model(config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def decode(graphdef, params, cache, tokens):
     """Appends a block of tokens, each the likeliest after the last; returns cache and last ones."""
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params).unstacked()
 
     def step(carry, _):
         cache, tokens = carry

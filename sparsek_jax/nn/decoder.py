@@ -1,5 +1,6 @@
 """A decoder-only language model with any mix of attention kinds."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -297,6 +298,19 @@ class Decoder(nnx.Module):
                 layer_cache, x = self._layer(i).extend(x, layer_cache, num_tokens)
                 layers.append(layer_cache)
         return DecoderCache(tuple(layers)), self.final_norm(x).astype(self.config.dtype)
+
+    def unstacked(self) -> "Decoder":
+        """The same model with the parameters of every layer by themselves.
+
+        A loop over tokens is best compiled for such a model, made outside of the loop: otherwise
+        every token copies all parameters out of their stacks.
+        """
+        config = dataclasses.replace(self.config, scan_layers=False)
+        model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+        model.layers = nnx.List([self._layer(i) for i in range(config.num_layers)])
+        model.embedding, model.output = self.embedding, self.output
+        model.final_norm = self.final_norm
+        return model
 
     def _layer(self, index):
         if not self.config.scan_layers:

@@ -164,6 +164,16 @@ def test_rows_of_different_lengths_and_reset(variant, scan):
         assert error(logits[b], expected[b, reset.length[b] :][:13]) <= 1e-5
 
 
+def test_unstacked_layers_are_those_of_the_stack():
+    model = make("mixed", num_layers=4, scan_layers=True)
+    unstacked = model.unstacked()
+    assert not unstacked.config.scan_layers
+    assert len(unstacked.layers) == 4
+    assert error(whole(unstacked), whole(model)) <= 1e-5
+    again = unstacked.unstacked()
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, nnx.state(again), nnx.state(unstacked)))
+
+
 def test_one_program_and_a_constant_size_for_all_steps():
     model = make()
     graphdef, state = nnx.split(model)
