@@ -106,8 +106,9 @@ class Engine:
         Args:
           model: The language model.
           tokenizer: The one it was trained with.
-          chunk_sizes: Tokens of each row that are appended at a time: when that is enough for all
-            that remains, and otherwise.
+          chunk_sizes: Tokens of each row that are appended at a time: where that is enough for the
+            whole text, and otherwise. A text takes chunks of one size, since filling up the last
+            one is nothing beside compiling for another.
           block_size: Most tokens of each row that are chosen before text is looked at.
         """
         graphdef, self._params = nnx.split(model)
@@ -254,9 +255,9 @@ class Session:
         engine, statistics = self._engine, self.statistics
         compile_seconds = statistics.compile_seconds
         start = time.perf_counter()
-        begin, longest = 0, int(sizes.max())
-        while begin < longest:
-            size = engine._small if longest - begin <= engine._small else engine._large
+        longest = int(sizes.max())
+        size = engine._small if longest <= engine._small else engine._large
+        for begin in range(0, longest, size):
             tokens = np.zeros((len(ids), size), np.int32)
             for row, row_ids in enumerate(ids):
                 part = row_ids[begin : begin + size]
@@ -265,7 +266,6 @@ class Session:
             arguments = (self._state, tokens, counts)
             program = engine._program(engine._prefill, *arguments, statistics=statistics)
             self._state = program(*arguments)
-            begin += size
         jax.block_until_ready(self._state)
         statistics.prefill_seconds += time.perf_counter() - start
         statistics.prefill_seconds -= statistics.compile_seconds - compile_seconds
