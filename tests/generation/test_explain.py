@@ -96,6 +96,18 @@ def test_scores_are_those_of_the_model():
     np.testing.assert_allclose(memory.score, scores.swapaxes(1, 2), rtol=1e-5, atol=1e-5)
 
 
+def test_held_is_what_the_cache_of_generation_holds():
+    model = decoder()
+    memory = explain(model, tokens())
+    extend = jax.jit(lambda tokens, cache: model.extend(tokens, cache)[0])
+    cache = model.init_cache(1)
+    for chunk in tokens().reshape(-1, 1, 35):
+        cache = extend(chunk, cache)
+    (positions,) = cache.layers[0].sparsek.position
+    for head in range(2):
+        assert sorted(positions[head].tolist()) == np.flatnonzero(memory.held[0, head]).tolist()
+
+
 def test_one_token():
     memory = explain(decoder(), [7])
     assert memory.survival.tolist() == [[[1], [1]]]
