@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -172,6 +173,36 @@ def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, pa
     module = export(query, key, key, scores, segment_ids).mlir_module()
     # Forward, query, two key kernels, and the sums over chunks.
     assert module.count("mosaic_gpu_v2") >= 5
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 7])
+def test_sums_over_chunks(num_chunks):
+    """The one kernel without wgmma, and so the one that runs in Mosaic's interpret mode."""
+    rng = np.random.default_rng(num_chunks)
+    shape = (2, 2, num_chunks, 128)
+    candidates = rng.integers(-1, 3, shape).astype(np.int32)
+    per_chunk = [
+        rng.normal(size=(*shape, 64)),
+        rng.normal(size=(*shape, 64)),
+        rng.normal(size=shape),
+    ]
+    dtypes = (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    of_lists = [
+        jnp.asarray(x, dtype).reshape(*shape[:2], -1, *x.shape[4:])
+        for x, dtype in zip(per_chunk, dtypes, strict=True)
+    ]
+    with plgpu.force_gpu_interpret_mode():
+        found = mosaic_gpu._sum_over_chunks(of_lists, jnp.asarray(candidates))
+    for x, of_list in zip(found, of_lists, strict=True):
+        total = np.array(of_list, np.float64).reshape(*shape, -1)
+        for chunk in range(1, num_chunks):
+            same = candidates[:, :, chunk] == candidates[:, :, chunk - 1]
+            total[:, :, chunk] += np.where(same[..., None], total[:, :, chunk - 1], 0)
+        # Running sums are float32; only what is written is rounded.
+        tolerance = 4e-3 if x.dtype == jnp.bfloat16 else 1e-6
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64).reshape(total.shape), total, rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.gpu
