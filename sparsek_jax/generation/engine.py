@@ -412,7 +412,10 @@ def _prefill(
     num_tokens: Int32[Array, " B"],
 ) -> State:
     """Appends the first `num_tokens` tokens of every row."""
-    model = nnx.merge(graphdef, params)
+    return _append(nnx.merge(graphdef, params), state, tokens, num_tokens)
+
+
+def _append(model: Decoder, state: State, tokens, num_tokens) -> State:
     cache, hidden = model.extend(tokens, state.cache, num_tokens=num_tokens)
     last = jnp.maximum(num_tokens - 1, 0)[:, None, None]
     newest = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
@@ -437,7 +440,7 @@ def _decode(
       The new state; the tokens, then -1; and whether a row's logits were finite. A row ends when
       they are not.
     """
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, params).unstacked()
     batch = len(left)
     rows = jnp.arange(batch)
     sampling = {name: value for name, value in settings.items() if name != "seed"}
@@ -456,7 +459,7 @@ def _decode(
         token = choose_tokens(jnp.where(chooses[:, None], logits, 0), keys, **sampling)
         tokens = tokens.at[rows, step].set(jnp.where(chooses, token, -1))
         appends = chooses & (token != eos_id)
-        state = _prefill(graphdef, params, state, token[:, None], appends.astype(jnp.int32))
+        state = _append(model, state, token[:, None], appends.astype(jnp.int32))
         return step + 1, state, tokens, jnp.where(appends, left - 1, 0), finite
 
     tokens = jnp.full((batch, block_size), -1, jnp.int32)

@@ -35,14 +35,15 @@ CONFIG = DecoderConfig(
 
 
 @functools.cache
-def decoder(seed=0, **attention):
+def decoder(seed=0, scan_layers=False, **attention):
     """A random decoder that is sure of itself and writes ASCII only, a byte a token.
 
-    It has a layer of each kind, since compiling takes most of the time here.
+    It has a layer of each kind, or two in a scan, since compiling takes most of the time here.
     """
     attention = dataclasses.replace(ATTENTION, **attention)
+    num_layers = 2 if scan_layers else len(attention.pattern) or 1
     config = dataclasses.replace(
-        CONFIG, num_layers=len(attention.pattern) or 1, attention=attention
+        CONFIG, num_layers=num_layers, scan_layers=scan_layers, attention=attention
     )
     model = Decoder(config, rngs=nnx.Rngs(seed))
     model.embedding[...] = 50 * model.embedding[...]
@@ -80,6 +81,9 @@ class Chain(nnx.Module):
 
     def extend(self, tokens, cache, *, num_tokens):
         return Length(cache.length + num_tokens), jax.nn.one_hot(tokens, len(self.table[...]))
+
+    def unstacked(self):
+        return self
 
     def logits(self, hidden):
         # A product would spread NaNs.

@@ -22,6 +22,7 @@ VARIANTS = {
     "dense": {"kind": "dense"},
     "window": {"kind": "window"},
     "sparsek and dense": {"pattern": ("sparsek", "dense")},
+    "scanned": {"kind": "window", "scan_layers": True},
 }
 
 
