@@ -133,6 +133,12 @@ def generate(request: Request, *, stdin: TextIO, stdout: TextIO, stderr: TextIO)
             status = work()
         finally:
             print(session.statistics.report(engine.model_config), file=stderr)
+            if num_lost := session.num_lost:
+                print(
+                    f"{num_lost:,} scores of dropped keys had no room in the cache: gates are "
+                    "approximate (docs/generation.md)",
+                    file=stderr,
+                )
         if request.explain is not None and session.tokens[0]:
             paths = write_explanation(
                 request.explain,

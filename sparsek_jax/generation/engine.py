@@ -230,6 +230,11 @@ class Session:
         """Tokens that still fit into every row; None if there is no limit."""
         return None if self._max_length is None else self._max_length - int(self._lengths.max())
 
+    @property
+    def num_lost(self) -> int:
+        """Scores of dropped keys that had no room in the cache; gates are exact as long as zero."""
+        return int(self._state.cache.num_lost.sum())
+
     def append(self, texts: Sequence[str]) -> None:
         """Appends text to every row; an empty row begins a document first.
 

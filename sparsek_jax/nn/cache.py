@@ -95,6 +95,13 @@ class DecoderCache:
         """Tokens so far."""
         return self.layers[0].length
 
+    @property
+    def num_lost(self) -> Int32[Array, " B"]:
+        """Scores that had no room in the support of SparseK layers; exact gates as long as zero."""
+        supports = [x.sparsek.support for x in self.layers if isinstance(x, ScoredCache)]
+        lost = (x.num_lost.sum(axis=1) for x in supports if x is not None)
+        return sum(lost, jnp.zeros_like(self.length))
+
     def reset(self, rows: Bool[Array, " B"]) -> "DecoderCache":
         """Empties the members of the batch that `rows`, a bool array `[B]`, marks."""
 

@@ -55,9 +55,13 @@ def decoder(seed=0, scan_layers=False, **attention):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """All that a chain remembers."""
+    """All that a chain remembers, of which it loses what comes after 50 tokens."""
 
     length: Array
+
+    @property
+    def num_lost(self):
+        return jnp.maximum(self.length - 50, 0)
 
 
 class Chain(nnx.Module):

@@ -64,8 +64,14 @@ def test_a_prompt_may_come_from_three_places(chain, tmp_path):
         assert (status, out) == (0, "é€!")
         assert messages.startswith("step 7 of runs/x\nprefill 6 tokens, ")
         assert "cache 4 bytes; with dense attention in every layer 12 tokens would take" in messages
+        assert "approximate" not in messages
     assert call(prompt="1", stdout=Terminal())[1] == "é€!\n"
-    assert call(prompt="w", max_tokens=100)[1] == "w" * 100
+    _, out, messages = call(prompt="w", max_tokens=100)
+    assert out == "w" * 100
+    assert messages.endswith(
+        "52 scores of dropped keys had no room in the cache: gates are approximate "
+        "(docs/generation.md)\n"
+    )
     assert call(prompt="1", stop=["€"])[1] == "é"
 
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, Decoder, DecoderConfig, ScoringNetwork
-from sparsek_jax.nn.cache import ScoredCache
 from sparsek_jax.nn.norms import TimestepNorm
 
 ATTENTION = AttentionConfig(
@@ -49,9 +48,15 @@ def empty_cache(model, max_length=LENGTH):
 
 
 def assert_nothing_lost(cache):
-    for layer in cache.layers:
-        if isinstance(layer, ScoredCache) and layer.sparsek.support is not None:
-            assert layer.sparsek.support.num_lost.max() == 0
+    np.testing.assert_array_equal(cache.num_lost, 0)
+
+
+def test_what_was_lost_is_counted():
+    model = make("soft")
+    cache, _ = run_chunk(*nnx.split(model), model.init_cache(3, support_size=1), TOKENS[:, :60])
+    by_layer = [layer.sparsek.support.num_lost for layer in cache.layers]
+    assert np.min(by_layer) > 0
+    np.testing.assert_array_equal(cache.num_lost, np.sum(by_layer, axis=(0, 2)))
 
 
 def whole(model, tokens=TOKENS):
