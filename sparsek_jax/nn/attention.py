@@ -1,5 +1,6 @@
 """Attention layers: projections, rotary embedding, and one of three ways to mix values."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -19,6 +20,7 @@ from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import apply_rotary, document_positions
 from sparsek_jax.nn.scorer import ScoringNetwork
+from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
 
 
@@ -83,6 +85,7 @@ class Attention(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        sharding: jax.sharding.NamedSharding | None = None,
         return_scores: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
         """Attends causally within documents.
@@ -92,6 +95,7 @@ class Attention(nnx.Module):
           positions: Positions for the rotary embedding; by default they count from 0 in every
             document.
           segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
+          sharding: Of x, as in `Decoder.hidden`.
           return_scores: Also return the keys' scores.
 
         Returns:
@@ -101,7 +105,7 @@ class Attention(nnx.Module):
         if positions is None:
             positions = document_positions(segment_ids, *x.shape[:2])
         query, key, value = self._project(x, positions)
-        mixed, scores = self.mix(x, query, key, value, segment_ids)
+        mixed, scores = self.mix(x, query, key, value, segment_ids, sharding)
         out = self._merge(mixed)
         return (out, scores) if return_scores else out
 
@@ -152,6 +156,7 @@ class Attention(nnx.Module):
         key: Float[Array, "B T K H"],
         value: Float[Array, "B T K H"],
         segment_ids: Int[Array, "B T"] | None,
+        sharding: jax.sharding.NamedSharding | None,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K"] | None]:
         """Returns attention output `[B, T, N, H]` and scores or None."""
         raise NotImplementedError
@@ -198,21 +203,27 @@ class SparseKAttention(Attention):
             rngs=rngs,
         )
 
-    def mix(self, x, query, key, value, segment_ids):
+    def mix(self, x, query, key, value, segment_ids, sharding):
         """Returns attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
         scores = self.scorer(x, segment_ids)
-        out = sparsek_attention(
-            query,
-            key,
-            value,
-            scores,
-            num_selected=self.config.num_selected,
-            sliding_window=self.config.sliding_window,
-            gating=self.config.gating,
-            segment_ids=segment_ids,
-            implementation=self.config.implementation,
-        )
-        return out, scores
+
+        def attend(query, key, value, scores, segment_ids):
+            return sparsek_attention(
+                query,
+                key,
+                value,
+                scores,
+                num_selected=self.config.num_selected,
+                sliding_window=self.config.sliding_window,
+                gating=self.config.gating,
+                segment_ids=segment_ids,
+                implementation=self.config.implementation,
+            )
+
+        if sharding is not None and sharding.num_devices > 1:
+            # The compiler cannot split a GPU kernel.
+            attend = split_over_rows_and_heads(attend, sharding, *scores.shape[2:], key.shape[2])
+        return attend(query, key, value, scores, segment_ids), scores
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens):
         """Returns the extended cache and attention output `[B, C, N, H]`."""
@@ -250,9 +261,9 @@ class SparseKAttention(Attention):
 class DenseAttention(Attention):
     """Attention over the whole document."""
 
-    def mix(self, x, query, key, value, segment_ids):
+    def mix(self, x, query, key, value, segment_ids, sharding):
         """Returns attention output `[B, T, N, H]` and None."""
-        del x
+        del x, sharding
         return dense_attention(query, key, value, segment_ids=segment_ids), None
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens):
@@ -269,9 +280,9 @@ class DenseAttention(Attention):
 class WindowAttention(Attention):
     """Attention over a sliding window."""
 
-    def mix(self, x, query, key, value, segment_ids):
+    def mix(self, x, query, key, value, segment_ids, sharding):
         """Returns attention output `[B, T, N, H]` and None."""
-        del x
+        del x, sharding
         out = window_attention(
             query,
             key,

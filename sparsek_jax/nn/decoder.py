@@ -74,12 +74,14 @@ class Block(nnx.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
+        sharding: jax.sharding.NamedSharding | None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
         """Returns the new residual stream, and the attention's scores if it has any."""
         attended, scores = self.attention(
             self.attention_norm(x).astype(x.dtype),
             positions=positions,
             segment_ids=segment_ids,
+            sharding=sharding,
             return_scores=True,
         )
         return self._residual(x, attended), scores
@@ -156,7 +158,7 @@ class Decoder(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        sharding: jax.sharding.Sharding | None = None,
+        sharding: jax.sharding.NamedSharding | None = None,
         return_scores: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], dict[int, Float32[Array, "B T K"]]]:
         """Hidden states after the final norm.
@@ -166,8 +168,9 @@ class Decoder(nnx.Module):
           positions: Positions for the rotary embedding; by default they count from 0 in every
             document.
           segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
-          sharding: Of the residual stream, before and after every block; None leaves it to the
-            compiler, which may gather a batch where it should gather weights.
+          sharding: Of the residual stream, rows over some axes of a mesh, before and after every
+            block; SparseK's heads are split over the other axes. None leaves it to the compiler,
+            which may gather a batch where it should gather weights, and cannot split GPU kernels.
           return_scores: Also return the scores of every SparseK layer by its index.
 
         Returns:
@@ -351,7 +354,7 @@ def output_logits(
 
 def _apply(graphdef, state, x, *, positions, segment_ids, sharding):
     block = nnx.merge(graphdef, state)
-    x, scores = block(x, positions=positions, segment_ids=segment_ids)
+    x, scores = block(x, positions=positions, segment_ids=segment_ids, sharding=sharding)
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
     return x, scores

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from sparsek_jax.ops.indexing import gather, rows_of, scatter
+from sparsek_jax.ops.tracing import varying_like
 
 _DIGIT_BITS = 3  # of a rank, that a level of the tree decides
 _CHILDREN = np.arange(1, 1 << _DIGIT_BITS, dtype=np.int32)  # all but the first
@@ -253,9 +254,9 @@ def thresholds_of_prefixes(
         next_opened = opened + jnp.where(goes > 0, before, 0)
         return _partition(level, ranks), next_to_tau, next_sums, next_to_kth, next_opened
 
-    _, to_tau, sums, to_kth, _ = jax.lax.fori_loop(
-        0, depth, descend, (ranks, to_tau, sums, to_kth, opened), unroll=unroll
-    )
+    state = (ranks, to_tau, sums, to_kth, opened)
+    state = jax.tree.map(lambda x: varying_like(x, u, start, end), state)
+    _, to_tau, sums, to_kth, _ = jax.lax.fori_loop(0, depth, descend, state, unroll=unroll)
 
     # f is at most k at the breakpoint of this rank, and linear from it to the next, where it
     # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.
