@@ -25,6 +25,7 @@ from absl import app, flags, logging
 from flax import nnx
 
 from benchmarks.inputs import compile_side_by_side, median_milliseconds, reason
+from sparsek_jax.generation.statistics import dense_cache_bytes
 from sparsek_jax.nn import AttentionConfig, Decoder, DecoderConfig
 
 _MODELS = flags.DEFINE_list("models", ["135M", "1.1B"], "Which model shapes.")
@@ -127,11 +128,9 @@ def num_bytes(tree) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def dense_bytes(config: DecoderConfig, batch: int, context: int) -> int:
-    """Bytes of keys and values of all tokens."""
-    attention = config.attention
-    per_token = 2 * config.num_layers * attention.num_kv_heads * attention.head_dim * 2
-    return batch * context * per_token
+def room(context: int) -> int:
+    """Tokens of a dense cache: the context, and what timing appends to it."""
+    return context + 10 * _BLOCK.value
 
 
 def compile_all(names, contexts, batches) -> dict:
@@ -164,11 +163,11 @@ def compile_all(names, contexts, batches) -> dict:
             for context in contexts:
                 for batch in batches:
                     case = name, kind, (batch, context)
-                    needed = dense_bytes(config, batch, context)
+                    needed = dense_cache_bytes(config, batch * room(context))
                     if needed > limit:
                         lowered[case] = f"{needed / 2**30:.0f} GiB of cache do not fit"
                         continue
-                    cache = empty(batch, context + 10 * _BLOCK.value)
+                    cache = empty(batch, room(context))
                     lowered[case] = lower(decode, cache, tokens((batch,)))
 
     return compile_side_by_side(lowered)
@@ -247,8 +246,8 @@ def measure_dense(name, contexts, batches, compiled, report) -> None:
             try:
                 cache = None
                 if not isinstance(executable, str):
-                    room = context + 10 * _BLOCK.value
-                    cache = nnx.merge(graphdef, params).init_cache(batch, max_length=room)
+                    model = nnx.merge(graphdef, params)
+                    cache = model.init_cache(batch, max_length=room(context))
                     full = jnp.full((batch,), context, jnp.int32)
                     layers = tuple(
                         dataclasses.replace(x, length=jnp.copy(full)) for x in cache.layers

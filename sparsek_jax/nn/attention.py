@@ -222,7 +222,7 @@ class SparseKAttention(Attention):
 
         if sharding is not None and sharding.num_devices > 1:
             # The compiler cannot split a GPU kernel.
-            attend = split_over_rows_and_heads(attend, sharding, *scores.shape[2:], key.shape[2])
+            attend = split_over_rows_and_heads(attend, sharding, scores.shape[2], key.shape[2])
         return attend(query, key, value, scores, segment_ids), scores
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens):
