@@ -7,22 +7,15 @@ joins documents into one context. Reproduces no paper result.
     python train.py --config=configs/code_124m.py --workdir=runs/code_124m_dense \
         --config.attention.kind=dense
 
-Seen on one NVIDIA H200 (jax 0.11.2, implementation "xla", one run each, 200 steps of 32,768 tokens
-with --config.train.steps=200, median over steps 100 to 195):
+Seen on one NVIDIA H100 (jax 0.11.2, the kernels of implementation "mosaic_gpu", the default there),
+eight progress lines of 40 steps, with --config.train.steps=40 --config.optimizer.warmup_steps=10
+--config.train.log_every=5 --config.train.eval_every=0, range and median; see docs/performance.md:
 
-    attention     ms per step   tokens/s   peak device memory   held-out loss at step 200
-    sparsek               572     57,300            24.0 GiB                  4.53 nats
-    dense (cuDNN)         261    125,500            23.2 GiB                  4.93 nats
+    attention     ms per step           tokens/s   peak device memory
+    sparsek       155 to 168 (156)      209,900              24.3 GiB
+    dense (cuDNN) 253 to 259 (256)      128,000              22.9 GiB
 
-Both ran on the same card, one stepping at a time. "xla" is the portable implementation. With the
-kernels (implementation "mosaic_gpu", the default there) on one NVIDIA H100, 60 steps with
---config.train.steps=60 --config.optimizer.warmup_steps=10, range and median of the progress lines:
-
-    attention     ms per step           peak device memory   held-out loss at step 60
-    sparsek       185 to 201 (187)                24.5 GiB                  6.34 nats
-    dense (cuDNN) 274 to 363 (315)                23.2 GiB                  6.62 nats
-
-At that rate all 2,000 steps take about 6 minutes with sparsek. --config.model.remat=full trades
+At that rate all 2,000 steps take about 5 minutes with sparsek. --config.model.remat=full trades
 time for memory.
 """
 

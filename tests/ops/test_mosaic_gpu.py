@@ -227,9 +227,15 @@ def test_addresses_beyond_int32():
     arrays = (query, query[:, :, 1::group], query[:, :, 2::group], scores)
     found = run(*arrays)
     alone = run(query[:, :, -group:], *(x[:, :, -1:] for x in arrays[1:]))
-    for name, x, y in zip(("out", "dq", "dk", "dv", "dscores"), found, alone, strict=True):
-        assert jnp.array_equal(x[:, :, -y.shape[2] :], y), name
-        assert jnp.any(y[:, length // 2 :] != 0), name
+    again = run(*arrays)
+    names = ("out", "dq", "dk", "dv", "dscores")
+    for name, x, y, z in zip(names, found, alone, again, strict=True):
+        assert jnp.array_equal(x, z), name
+        # Two programs may add up a row in different orders, which XLA's autotuner chooses for each.
+        # One wrong row, of 2^18, would be off by more: about 2^-9 of the norm.
+        x, y = (np.asarray(a[:, :, -y.shape[2] :], np.float32) for a in (x, y))
+        assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y), name
+        assert np.any(y[:, length // 2 :]), name
 
 
 @pytest.mark.parametrize("shared", [False, True])
