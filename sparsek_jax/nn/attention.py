@@ -18,7 +18,11 @@ from sparsek_jax.nn.cache import (
 )
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
-from sparsek_jax.nn.rotary import apply_rotary, document_positions
+from sparsek_jax.nn.rotary import (
+    apply_rotary,
+    document_positions,
+    rotary_frequencies,
+)
 from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
@@ -132,13 +136,9 @@ class Attention(nnx.Module):
         query, key, value = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
         if self.config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
+        frequencies = rotary_frequencies(self.config)
         query, key = (
-            apply_rotary(
-                heads,
-                positions,
-                theta=self.config.rope_theta,
-                rotary_dim=self.config.rotary_dim,
-            ).astype(self.dtype)
+            apply_rotary(heads, positions, frequencies=frequencies).astype(self.dtype)
             for heads in (query, key)
         )
         return query, key, value

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = ("sparsek", "dense", "window")
+ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,12 @@ class AttentionConfig:
       qkv_bias: Biases in the query, key and value projections.
       out_bias: Bias in the output projection.
       rope_theta: Base of the rotary frequencies.
+      rope_scaling: "none"; "linear": all frequencies divided by `rope_factor`; "llama3": the low
+        ones only, and those between the low and the high ones in part.
+      rope_factor: What scaled frequencies are divided by.
+      rope_low_freq_factor: A frequency of fewer turns in `rope_original_length` tokens is low.
+      rope_high_freq_factor: A frequency of more turns is high.
+      rope_original_length: Context before the model was extended.
       rotary_fraction: Leading fraction of a head that is rotated (GPT-NeoX).
       shared_scores: One score for all KV heads instead of one for each.
       timestep_norm: Causal normalisation of the scores.
@@ -47,6 +54,11 @@ class AttentionConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     rope_theta: float = 1e4
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     rotary_fraction: float = 1.0
     shared_scores: bool = False
     timestep_norm: bool = True
@@ -76,9 +88,20 @@ class AttentionConfig:
         )
         for field in ("qk_norm", "qkv_bias", "out_bias", "shared_scores", "timestep_norm"):
             expect(field, isinstance(getattr(self, field), bool), "True or False")
-        for field in ("rope_theta", "rotary_fraction", "slope"):
+        positive = ("rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+        for field in (*positive, "rotary_fraction", "slope"):
             expect(field, _is_number(getattr(self, field)), "a finite number")
-        expect("rope_theta", self.rope_theta > 0, "a number above 0")
+        for field in positive:
+            expect(field, getattr(self, field) > 0, "a number above 0")
+        expect("rope_scaling", self.rope_scaling in ROPE_SCALINGS, f"one of {ROPE_SCALINGS}")
+        expect(
+            "rope_high_freq_factor",
+            self.rope_high_freq_factor > self.rope_low_freq_factor,
+            f"more than attention.rope_low_freq_factor={self.rope_low_freq_factor}",
+        )
+        expect(
+            "rope_original_length", _is_int(self.rope_original_length, 1), "an int of at least 1"
+        )
         expect(
             "rotary_fraction",
             0 <= self.rotary_fraction <= 1 and self.rotary_dim % 2 == 0,

@@ -26,6 +26,8 @@ from sparsek_jax import nn
 from sparsek_jax.training.parameters import Params, define
 from sparsek_jax.training.workdir import write_json
 
+_LEAST_BYTES_IN_FLIGHT = 32 * 2**20
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or none can be trusted."""
@@ -171,6 +173,32 @@ class Checkpoints:
         self._manager.reload()
 
 
+def save_params(workdir: str | os.PathLike, params: Params) -> None:
+    """Writes parameters alone, as step 0 of a directory that has no checkpoints yet.
+
+    Little more memory is taken than the parameters have; `restore_params` reads them.
+
+    Args:
+      workdir: The directory; it exists.
+      params: On one device.
+
+    Raises:
+      CheckpointError: They cannot be written.
+    """
+    workdir = Path(workdir).absolute()
+    # What is on its way to the disk is a copy, which every array has to fit in.
+    limit = _LEAST_BYTES_IN_FLIGHT + max(x.nbytes for x in params.values())
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit / 1e9)
+    path = _step_directory(workdir, 0) / "params"
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(path, ocp.args.PyTreeSave(params))
+    except Exception as error:  # Orbax and tensorstore raise many types.
+        raise CheckpointError(f"the parameters cannot be written to {path}: {error}") from error
+    _manifest(workdir, 0).parent.mkdir()
+    write_json(_manifest(workdir, 0), _digests(_step_directory(workdir, 0)))
+
+
 def restore_model(
     workdir: str | os.PathLike, config: nn.DecoderConfig, *, step: int | None = None
 ) -> tuple[nn.Decoder, int]:
@@ -191,13 +219,40 @@ def restore_model(
       CheckpointError: Checkpoints exist but none is intact.
       ValueError: The decoder needs a parameter that the checkpoint lacks or has in another shape.
     """
+    definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
+    params, step = restore_params(workdir, definition.abstract, step=step)
+    return definition.merge(params), step
+
+
+def restore_params(
+    workdir: str | os.PathLike,
+    abstract: dict[str, jax.ShapeDtypeStruct],
+    *,
+    step: int | None = None,
+    fallback: Params | None = None,
+) -> tuple[Params, int]:
+    """Loads a run's parameters, and drops those that are not asked for.
+
+    Args:
+      workdir: The run's directory.
+      abstract: The parameters by name, each with its sharding; without one it goes to one device.
+      step: The checkpoint; None for the newest that is intact.
+      fallback: Used for parameters that the checkpoint lacks.
+
+    Returns:
+      The parameters, and the step they are from.
+
+    Raises:
+      FileNotFoundError: There is no checkpoint, or not that step.
+      CheckpointError: Checkpoints exist but none is intact.
+      ValueError: A parameter is not in the checkpoint or has another shape there.
+    """
     workdir = Path(workdir).absolute()
     if not (workdir / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"workdir={str(workdir)!r} holds no checkpoint; train first: "
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
-    definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if step is not None and step not in _steps(workdir):
         raise FileNotFoundError(
@@ -207,12 +262,18 @@ def restore_model(
     handler = ocp.StandardCheckpointHandler()
     with ocp.Checkpointer(handler) as checkpointer:
 
+        def sharding(name, shape):
+            # Read to be dropped, or to be refused by its shape.
+            wanted = abstract.get(name)
+            known = wanted is not None and wanted.shape == shape
+            return (known and wanted.sharding) or device
+
         def read(step):
             path = _step_directory(workdir, step) / "params"
             # The checkpointer's own `metadata` warns that a part of a step has none of a whole one.
             saved = handler.metadata(path)
             target = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(name, x.shape))
                 for name, x in saved.items()
             }
             return checkpointer.restore(path, ocp.args.StandardRestore(target))
@@ -223,19 +284,20 @@ def restore_model(
             f"workdir={str(workdir)!r} holds no checkpoint; train first: "
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
-    step, params = found
-    for name, expected in definition.abstract.items():
-        if name not in params:
+    step, saved = found
+    saved = (fallback or {}) | saved
+    for name, expected in abstract.items():
+        if name not in saved:
             raise ValueError(
                 f"parameter {name} is not in the checkpoint of step {step} in {workdir}; the "
                 "attention asked for needs weights that this run did not train"
             )
-        if params[name].shape != expected.shape:
+        if saved[name].shape != expected.shape:
             raise ValueError(
-                f"parameter {name} has shape {params[name].shape} in the checkpoint of step "
+                f"parameter {name} has shape {saved[name].shape} in the checkpoint of step "
                 f"{step}; the model expects {expected.shape}"
             )
-    return definition.merge(params), step
+    return {name: saved[name] for name in abstract}, step
 
 
 def _step_directory(workdir: Path, step: int) -> Path:

@@ -1,9 +1,10 @@
 """Runs a script's main; a mistake of the user's is one clear line, not a traceback."""
 
 import difflib
+import functools
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
 
@@ -12,13 +13,18 @@ from sparsek_jax.training.config import ConfigError, default_config
 from sparsek_jax.training.trainer import TrainingDivergedError
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
     """Parses the flags, runs `main` and exits.
 
     The status is 2 after a mistake of the user's: a mistyped or impossible flag or `--config` field
     (the message suggests the nearest), a recipe that cannot be read, a missing file, and whatever
     else raises `ConfigError` or `OSError`. It is 1 if training diverged or a checkpoint cannot be
     read or written.
+
+    Args:
+      main: The program.
+      commands: Names one of which is the first argument, and given to `main`; none: it has no
+        arguments.
     """
     app.define_help_flags()
     logging.use_absl_handler()
@@ -30,10 +36,16 @@ def run(main: Callable[[], None]) -> None:
         _fail(error, status=2)
     except Exception as error:  # A recipe is a program: whatever it raises.
         _fail(f"--config cannot be read: {_innermost(error)}", status=2)
-    if len(arguments) > 1:
+    arguments = arguments[1:]
+    if commands:
+        if not arguments or arguments[0] not in commands:
+            given = repr(arguments[0]) if arguments else "nothing"
+            _fail(f"the command is {given}; expected one of {', '.join(commands)}", status=2)
+        main = functools.partial(main, arguments.pop(0))
+    if arguments:
         hint = ", with patterns in quotes (--config.data.glob='texts/*.txt')"
         _fail(
-            f"unexpected argument {arguments[1]!r}; expected --flag=value"
+            f"unexpected argument {arguments[0]!r}; expected --flag=value"
             + (hint if "config" in flags.FLAGS else ""),
             status=2,
         )

@@ -19,6 +19,8 @@ def default_config() -> ml_collections.ConfigDict:
     """Returns every field of a run with its default value; a recipe in configs/ changes some."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # Directory of a run, or of an imported model, whose newest weights this run starts from.
+    config.init_from = ""
 
     config.model = ml_collections.ConfigDict()
     config.model.vocab_size = 0  # 0: the tokenizer's
@@ -51,6 +53,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.qkv_bias = False
     config.attention.out_bias = False
     config.attention.rope_theta = 1e4
+    # "linear" divides all rotary frequencies by rope_factor, "llama3" the low ones: those that turn
+    # fewer than rope_low_freq_factor times in rope_original_length tokens, and in part those up to
+    # rope_high_freq_factor.
+    config.attention.rope_scaling = "none"
+    config.attention.rope_factor = 1.0
+    config.attention.rope_low_freq_factor = 1.0
+    config.attention.rope_high_freq_factor = 4.0
+    config.attention.rope_original_length = 8192
     config.attention.rotary_fraction = 1.0
     config.attention.shared_scores = False
     config.attention.timestep_norm = True

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float32
 from sparsek_jax import nn
 from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
 from sparsek_jax.training import sharding
-from sparsek_jax.training.checkpoint import Checkpoints
+from sparsek_jax.training.checkpoint import Checkpoints, restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
@@ -33,7 +33,12 @@ from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, split
 from sparsek_jax.training.signals import stop_signals
-from sparsek_jax.training.workdir import check_same_corpus, check_same_run, save_run
+from sparsek_jax.training.workdir import (
+    check_same_corpus,
+    check_same_run,
+    check_same_tokenizer,
+    save_run,
+)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -80,6 +85,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_same_corpus(corpus, workdir)
+    if config.init_from:
+        check_same_tokenizer(config, corpus, config.init_from)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
 
@@ -112,6 +119,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         restored = checkpoints.restore(abstract["params"], abstract["optimizer"], iterator)
         if restored is None:
             step, state = 0, jax.jit(init, out_shardings=shardings)()
+            if config.init_from:
+                state["params"] = _initial_params(config, state["params"], abstract["params"])
         else:
             step, params, optimizer_state = restored
             if step > config.train.steps:
@@ -219,6 +228,17 @@ def _init(config, model_config, optimizer):
         "params": params,
         "optimizer": {"inner": optimizer.init(params), "counters": counters},
     }
+
+
+def _initial_params(config, params, abstract):
+    """The parameters of `init_from`, with new scorers where it attends without."""
+    scorers = {name: x for name, x in params.items() if ".scorer." in name}
+    try:
+        restored, step = restore_params(config.init_from, abstract, fallback=scorers)
+    except ValueError as error:
+        raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
+    print(f"starting from the weights of step {step} of {config.init_from}", flush=True)
+    return restored
 
 
 class _Run:

@@ -15,11 +15,11 @@ import ml_collections
 
 from sparsek_jax.data import Corpus, Tokenizer, load_tokenizer
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER, tokenizer_fingerprint
-from sparsek_jax.training.config import ConfigError
+from sparsek_jax.training.config import ConfigError, default_config
 
 # What a run may not change when it resumes: the model, and the order of its data.
 _FIXED_SECTIONS = ("model", "attention", "data")
-_FIXED_FIELDS = ("seed", "train.batch_size")
+_FIXED_FIELDS = ("seed", "init_from", "train.batch_size")
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 
@@ -47,6 +47,27 @@ def save_run(workdir: Path, config: ml_collections.ConfigDict, corpus: Corpus) -
     write_json(workdir / "run.json", record)
 
 
+def save_import(
+    workdir: Path, config: ml_collections.ConfigDict, *, tokenizer: Path, source: dict[str, Any]
+) -> None:
+    """Writes what an imported model needs to be used like a run.
+
+    Args:
+      workdir: Its directory.
+      config: The configuration; `data.tokenizer` is where the tokenizer will lie.
+      tokenizer: The tokenizer.json where it lies now.
+      source: What the model was before.
+    """
+    write_json(workdir / "config.json", json.loads(config.to_json()))
+    record = {"imported": source, "tokenizer": tokenizer_fingerprint(str(tokenizer))}
+    write_json(workdir / "run.json", record)
+
+
+def imported_from(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """What a model was before it was imported into a directory; None if it was not."""
+    return _run_record(Path(workdir)).get("imported")
+
+
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     """Reads the configuration that a run was last started or resumed with.
 
@@ -63,6 +84,12 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(_read_json(path))
 
 
+def corpus_directory(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Path:
+    """Where the prepared text of a run lies, and the tokenizer if it was trained on it."""
+    corpus = _run_record(Path(workdir)).get("corpus", "")
+    return Path(config.data.root).expanduser() / corpus
+
+
 def load_run_tokenizer(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Tokenizer:
     """Loads the tokenizer that a run was trained with, without reading its text.
 
@@ -74,7 +101,7 @@ def load_run_tokenizer(workdir: str | os.PathLike, config: ml_collections.Config
       ConfigError: It is not where it was, or is another now.
     """
     record = _run_record(Path(workdir))
-    directory = Path(config.data.root).expanduser() / record.get("corpus", "")
+    directory = corpus_directory(workdir, config)
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, directory=directory)
     except ValueError as error:
@@ -97,12 +124,21 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
     """
     if not (workdir / "config.json").exists():
         return
+    if imported_from(workdir) is not None:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} holds an imported model and no run; expected another "
+            f"--workdir, and --config.init_from={workdir} to start from its weights"
+        )
     saved = load_config(workdir)
     fields = [f"{section}.{name}" for section in _FIXED_SECTIONS for name in config[section]]
     for field in (*fields, *_FIXED_FIELDS):
         if field in _FREE_FIELDS:
             continue
-        old, new = (_lookup(json.loads(c.to_json()), field) for c in (saved, config))
+        # A field that came with a later version had its default value all along.
+        old, new, default = (
+            _lookup(json.loads(c.to_json()), field) for c in (saved, config, default_config())
+        )
+        old = default if old is None else old
         if old != new:
             raise ConfigError(
                 f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
@@ -114,6 +150,29 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
             f"this is one of {jax.process_count()} processes, but the run in "
             f"workdir={str(workdir)!r} was started with {processes}, each of which reads documents "
             "of its own; expected the same number, or another --workdir"
+        )
+
+
+def check_same_tokenizer(
+    config: ml_collections.ConfigDict, corpus: Corpus, initial: str | os.PathLike
+) -> None:
+    """Checks that a run reads the tokens that the weights it starts from were trained on.
+
+    Args:
+      config: The run's configuration.
+      corpus: The text that it reads.
+      initial: Directory of the run or import that it starts from.
+
+    Raises:
+      FileNotFoundError: That directory holds neither.
+      ConfigError: The tokenizers differ.
+    """
+    saved = load_config(initial)
+    fingerprint = _tokenizer_fingerprint(config, corpus.directory)
+    if _run_record(Path(initial)).get("tokenizer", fingerprint) != fingerprint:
+        raise ConfigError(
+            f"data.tokenizer={config.data.tokenizer!r}, but init_from={str(initial)!r} was trained "
+            f"with {saved.data.tokenizer!r}; expected the same"
         )
 
 

@@ -1,0 +1,84 @@
+r"""Imports pretrained models, and exports models for other libraries.
+
+python convert.py import --from=PATH --workdir=DIR [--num_selected=512 --sliding_window=512 ...]
+python convert.py export --workdir=DIR --to=PATH [--dtype=bfloat16]
+python convert.py inspect --from=PATH
+
+PATH is a Hugging Face directory, or for import and inspect a GGUF file. What DIR holds after an
+import is used like a run: with generate.py, with eval.py, and by train.py as --config.init_from.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from sparsek_jax.nn.config import KINDS
+from sparsek_jax.ops.attention import GATINGS
+from sparsek_jax.pretrained.exporting import DTYPES, export_model
+from sparsek_jax.pretrained.families import AttentionOptions
+from sparsek_jax.pretrained.importing import import_model
+from sparsek_jax.pretrained.inspecting import describe
+from sparsek_jax.training.cli import run
+from sparsek_jax.training.config import ConfigError
+
+_FROM = flags.DEFINE_string("from", None, "Hugging Face directory or GGUF file to read.")
+_TO = flags.DEFINE_string("to", None, "Hugging Face directory to make.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an import makes it.")
+_KIND = flags.DEFINE_enum("kind", None, KINDS, "Attention of every layer; sparsek by default.")
+_PATTERN = flags.DEFINE_list("pattern", None, "Kinds that repeat over the layers: window,sparsek.")
+_NUM_SELECTED = flags.DEFINE_integer("num_selected", None, "Keys that a query selects.")
+_SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Newest keys that a query sees.")
+_GATING = flags.DEFINE_enum("gating", None, GATINGS, "How gates act on keys and values.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the new scorers' weights.", 0, 2**32 - 1)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the exported weights.")
+
+_ATTENTION = ("kind", "pattern", "num_selected", "sliding_window", "gating", "seed")
+# Flags of every command: those it needs, and those it may have.
+_COMMANDS = {
+    "import": (("from", "workdir"), _ATTENTION),
+    "export": (("workdir", "to"), ("dtype",)),
+    "inspect": (("from",), ()),
+}
+
+
+def main(command: str) -> None:
+    """Runs a command and says what it did."""
+    _check_flags(command)
+    if command == "inspect":
+        print("\n".join(describe(Path(_FROM.value))))
+    elif command == "export":
+        step = export_model(_WORKDIR.value, Path(_TO.value), dtype=_DTYPE.value)
+        print(f"wrote {_TO.value}: the weights of step {step} of {_WORKDIR.value}")
+    else:
+        options = AttentionOptions(
+            kind=_KIND.value,
+            pattern=None if _PATTERN.value is None else tuple(_PATTERN.value),
+            num_selected=_NUM_SELECTED.value,
+            sliding_window=_SLIDING_WINDOW.value,
+            gating=_GATING.value,
+        )
+        result = import_model(
+            Path(_FROM.value), Path(_WORKDIR.value), options=options, seed=_SEED.value
+        )
+        print(
+            f"wrote {_WORKDIR.value}: {result.num_stored} tensors of {_FROM.value}, "
+            f"{len(result.new)} new ones of scorers, {len(result.dropped)} left out"
+        )
+
+
+def _check_flags(command: str) -> None:
+    needed, allowed = _COMMANDS[command]
+    for name in needed:
+        if not flags.FLAGS[name].value:
+            raise ConfigError(f"--{name} is missing; {command} expects it")
+    every = {name for pair in _COMMANDS.values() for names in pair for name in names}
+    for name in sorted(every.difference(needed, allowed)):
+        if flags.FLAGS[name].present:
+            raise ConfigError(
+                f"--{name} does not go with {command}; expected only "
+                f"{', '.join(f'--{other}' for other in (*needed, *allowed))}"
+            )
+
+
+if __name__ == "__main__":
+    run(main, commands=tuple(_COMMANDS))

@@ -1,0 +1,1 @@
+"""Pretrained models of other libraries, to and from directories of this one."""

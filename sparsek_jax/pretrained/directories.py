@@ -1,0 +1,41 @@
+"""Directories that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sparsek_jax.pretrained.source import ConversionError
+
+
+def check_new(flag: str, directory: Path) -> None:
+    """Checks that a directory is not there yet, or empty.
+
+    Raises:
+      ConversionError: It holds something.
+    """
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConversionError(
+            f"--{flag}={str(directory)!r} exists; expected a new or an empty directory"
+        )
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A directory beside the wanted one that takes its place at the end, or vanishes.
+
+    Args:
+      directory: The wanted one, which passes `check_new`.
+
+    Yields:
+      Where to write.
+    """
+    directory = directory.absolute()
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        os.replace(staging, directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,157 @@
+"""From a run's directory to one of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import ml_dtypes
+import numpy as np
+import tokenizers
+from flax import nnx
+from tokenizers import decoders, models, pre_tokenizers
+
+from sparsek_jax import nn
+from sparsek_jax.data import Tokenizer
+from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER
+from sparsek_jax.pretrained.directories import check_new, staged
+from sparsek_jax.pretrained.families import huggingface_config
+from sparsek_jax.pretrained.huggingface import TOKENIZER_FILES, write_huggingface
+from sparsek_jax.pretrained.layout import layout
+from sparsek_jax.pretrained.source import ConversionError
+from sparsek_jax.training.checkpoint import restore_params
+from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.parameters import Params, define
+from sparsek_jax.training.workdir import (
+    corpus_directory,
+    imported_from,
+    load_config,
+    load_run_tokenizer,
+)
+
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32") -> int:
+    """Writes a run's newest weights as a directory that transformers loads.
+
+    Args:
+      workdir: Directory of a run, or of an imported model.
+      to: Directory to make.
+      dtype: Of the weights, a key of `DTYPES`. Only "float32" keeps every bit of a trained weight.
+
+    Returns:
+      The step that the weights are from.
+
+    Raises:
+      ConversionError: No family of Hugging Face has such blocks, or a weight is too large for
+        `dtype`.
+      FileNotFoundError: `workdir` holds no run or no checkpoint.
+      ConfigError: The tokenizer is missing or another.
+      CheckpointError: Checkpoints exist but none is intact.
+    """
+    check_new("to", to)
+    config = load_config(workdir)
+    tokenizer = load_run_tokenizer(workdir, config)
+    model_config = decoder_config(config, tokenizer.vocab_size)
+    fields = huggingface_config(model_config, _context_length(workdir, config)) | {
+        "torch_dtype": dtype,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+    }
+    files = _tokenizer_files(workdir, config, tokenizer)
+    params, step = _restore(workdir, model_config)
+    params = _unstacked(params, model_config)
+    tensors = {}
+    for tensor in layout(model_config):
+        # Taken out one by one, so that no parameter is held twice.
+        parts = [np.asarray(params.pop(name)) for name in tensor.params]
+        array = np.ascontiguousarray(tensor.join(*parts), DTYPES[dtype])
+        if not np.isfinite(array).all():
+            raise ConversionError(
+                f"tensor {tensor.name} is not finite in --dtype={dtype}; expected a wider dtype, "
+                "or a run that has not diverged"
+            )
+        tensors[tensor.name] = array
+    with staged(to) as staging:
+        write_huggingface(staging, fields, tensors, files)
+    return step
+
+
+def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Params, int]:
+    definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
+        for name, x in definition.abstract.items()
+    }
+    try:
+        return restore_params(workdir, abstract)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _unstacked(params: Params, config: nn.DecoderConfig) -> dict[str, Any]:
+    """Parameters of every layer by themselves, as without `scan_layers`; views, not copies."""
+    if not config.scan_layers:
+        return params
+    unstacked = {}
+    for name, array in params.items():
+        if not name.startswith("layers."):
+            unstacked[name] = array
+            continue
+        _, offset, rest = name.split(".", 2)
+        for repeat, part in enumerate(np.asarray(array)):
+            unstacked[f"layers.{repeat * config.period + int(offset)}.{rest}"] = part
+    return unstacked
+
+
+def _context_length(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> int:
+    """Tokens that the model was imported with, or trained on in a row if they are more."""
+    origins = [imported_from(path) for path in (workdir, config.init_from) if path]
+    return max(config.data.seq_len, *(o["context_length"] for o in origins if o), 0)
+
+
+def _tokenizer_files(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, tokenizer: Tokenizer
+) -> dict[str, bytes]:
+    spec = config.data.tokenizer
+    if spec == "bytes":
+        return _byte_tokenizer(tokenizer)
+    if spec.startswith("bpe:"):
+        path = corpus_directory(workdir, config) / TRAINED_TOKENIZER
+        vocab = tokenizers.Tokenizer.from_file(str(path))
+        names = (vocab.id_to_token(tokenizer.bos_id), vocab.id_to_token(tokenizer.eos_id))
+        return {"tokenizer.json": path.read_bytes(), **_tokenizer_config(*names)}
+    directory = Path(spec).expanduser().parent
+    files = {
+        name: (directory / name).read_bytes()
+        for name in TOKENIZER_FILES
+        if (directory / name).is_file()
+    }
+    return files | {"tokenizer.json": Path(spec).expanduser().read_bytes()}
+
+
+def _byte_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """Bytes as a BPE without merges, in the characters with which byte-level BPE writes them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable}
+    characters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    names = ("<|bos|>", "<|eos|>")
+    vocab = {character: byte for byte, character in characters.items()}
+    vocab |= dict(zip(names, (tokenizer.bos_id, tokenizer.eos_id), strict=True))
+    result = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    result.decoder = decoders.ByteLevel()
+    result.add_special_tokens(list(names))
+    return {"tokenizer.json": result.to_str().encode(), **_tokenizer_config(*names)}
+
+
+def _tokenizer_config(bos: str, eos: str) -> dict[str, bytes]:
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    return {"tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode()}
