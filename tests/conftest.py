@@ -1,5 +1,7 @@
 """Settings shared by all tests."""
 
+import importlib.util
+
 import jax
 import pytest
 from hypothesis import settings
@@ -9,8 +11,11 @@ settings.load_profile("deterministic")
 
 
 def pytest_collection_modifyitems(items):
-    if jax.default_backend() == "gpu":
-        return
+    lacking = {}
+    if jax.default_backend() != "gpu":
+        lacking["gpu"] = "needs a GPU"
+    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        lacking["transformers"] = "needs torch and transformers (docs/pretrained.md)"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        for marker in lacking.keys() & set(item.keywords):
+            item.add_marker(pytest.mark.skip(reason=lacking[marker]))

@@ -39,7 +39,7 @@ def open_huggingface(directory: Path) -> Source:
     tensors = {}
     for path, names in _weight_files(directory).items():
         stored = _stored_tensors(path)
-        for name in names if names is not None else stored:
+        for name in list(stored) if names is None else names:
             if name not in stored:
                 raise ConversionError(f"{path}: tensor {name} is missing; expected it, by {_INDEX}")
             tensors[name] = stored.pop(name)

@@ -143,6 +143,7 @@ def _run_config(source: Source, options: AttentionOptions) -> ml_collections.Con
                 raise ConversionError(
                     f"{source.path}: {section}.{name}={value!r}; {error}"
                 ) from error
+    config.data.seq_len = min(config.data.seq_len, context_length(source.config))
     return config
 
 
