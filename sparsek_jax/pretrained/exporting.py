@@ -70,7 +70,8 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     for tensor in layout(model_config):
         # Taken out one by one, so that no parameter is held twice.
         parts = [np.asarray(params.pop(name)) for name in tensor.params]
-        array = np.ascontiguousarray(tensor.join(*parts), DTYPES[dtype])
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(tensor.join(*parts), DTYPES[dtype])
         if not np.isfinite(array).all():
             raise ConversionError(
                 f"tensor {tensor.name} is not finite in --dtype={dtype}; expected a wider dtype, "

@@ -284,18 +284,19 @@ def _mixing(config, window, options):
     if "kind" in asked:
         # The pattern would hide the kind.
         entry.pop("pattern", None)
-    fields = {"kind": "sparsek"} | entry | asked
+    fields = {"kind": "sparsek", "num_selected": nn.AttentionConfig.num_selected} | entry | asked
     fields["pattern"] = tuple(fields.get("pattern", ()))
-    if window is None:
-        return fields
     kinds = set(fields["pattern"] or (fields["kind"],))
+    usual = nn.AttentionConfig.sliding_window
+    if window is None:
+        return {"sliding_window": usual} | fields
     if "dense" in kinds:
         raise ConversionError(
             f"--kind or --pattern asks for dense attention, but the model was trained with "
             f"sliding_window={window}; expected 'window' or 'sparsek'"
         )
-    widest = window if kinds == {"window"} else min(window, nn.AttentionConfig.sliding_window)
-    fields.setdefault("sliding_window", widest)
+    widest = window if kinds == {"window"} else min(window, usual)
+    fields = {"sliding_window": widest} | fields
     if fields["sliding_window"] > window:
         raise ConversionError(
             f"--sliding_window={fields['sliding_window']}; expected at most {window}, with which "

@@ -87,7 +87,7 @@ def test_a_stored_output_must_be_what_it_is_tied_to(tmp_path):
         ("qwen3", {"vocab_size": 40}, "embed_tokens.weight has shape .48, 16.; expected .40, 16."),
         ("qwen3", {"sparsek": {"kinds": "dense"}}, "sparsek.kinds is unknown; expected"),
         ("qwen3", {"sparsek": {"gating": "hard"}}, "attention.gating='hard'; expected"),
-        ("qwen3", {"tie_word_embeddings": True}, "tensor lm_head.weight .* (no place|differs)"),
+        ("qwen3", {"tie_word_embeddings": True}, "tensor lm_head.weight differs"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(name, fields, match, tmp_path):
@@ -159,9 +159,9 @@ def test_nothing_is_overwritten(tmp_path):
     directory = models.source(tmp_path, "qwen3")
     (tmp_path / "empty").mkdir()
     import_model(directory, tmp_path / "empty")
-    with pytest.raises(ConfigError, match="--workdir=.*exists; expected a new or an empty"):
+    with pytest.raises(ConfigError, match=r"--workdir=.*exists; expected a new or an empty"):
         import_model(directory, tmp_path / "empty")
-    with pytest.raises(ConfigError, match="--to=.*exists; expected a new or an empty directory"):
+    with pytest.raises(ConfigError, match=r"--to=.*exists; expected a new or an empty directory"):
         export_model(tmp_path / "empty", directory)
 
 
