@@ -14,8 +14,9 @@ from absl import flags
 
 from sparsek_jax.nn.config import KINDS
 from sparsek_jax.ops.attention import GATINGS
-from sparsek_jax.pretrained.exporting import DTYPES, export_model
+from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.families import AttentionOptions
+from sparsek_jax.pretrained.huggingface import DTYPES
 from sparsek_jax.pretrained.importing import import_model
 from sparsek_jax.pretrained.inspecting import describe
 from sparsek_jax.training.cli import run

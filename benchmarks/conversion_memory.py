@@ -2,8 +2,8 @@
 
     python -m benchmarks.conversion_memory
 
-Every conversion runs in a process of its own. Of its peak, what the process takes before it opens
-the model (Python, JAX, Orbax) is told apart.
+Every conversion runs in a process of its own. What a tiny model takes (Python, JAX,
+Orbax) is not counted.
 """
 
 import json
@@ -28,14 +28,15 @@ from sparsek_jax.pretrained.layout import layout
 _COMMAND = flags.DEFINE_list("command", None, "Internal: a conversion and its two directories.")
 _CONFIG = {
     "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
+    "vocab_size": 16384,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "tie_word_embeddings": True,
 }
+_TINY = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 64}
 
 
 def main(_):
@@ -45,56 +46,53 @@ def main(_):
         return
     for dtype in (np.dtype("float32"), np.dtype(ml_dtypes.bfloat16)):
         with tempfile.TemporaryDirectory() as directory:
-            directory = pathlib.Path(directory)
-            num_bytes = _write(directory / "origin", dtype)
+            tiny, large = (pathlib.Path(directory) / name for name in ("tiny", "large"))
+            _write(tiny, _CONFIG | _TINY, dtype)
+            num_bytes = _write(large, _CONFIG, dtype)
             for arguments in (("import", "origin", "run"), ("export", "run", "exported")):
-                paths = [str(directory / name) for name in arguments[1:]]
-                before, peak = _measure(arguments[0], *paths)
+                least, peak = (_measure(model, *arguments) for model in (tiny, large))
                 print(
                     f"{arguments[0]} {dtype.name}: model in float32 {num_bytes / 1e6:.0f} MB, "
-                    f"process {before / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB: "
-                    f"{(peak - before) / num_bytes:.2f} x the model",
+                    f"peak {peak / 1e6:.0f} MB, with a tiny model {least / 1e6:.0f} MB: "
+                    f"{(peak - least) / num_bytes:.2f} x the model",
                     flush=True,
                 )
 
 
-def _measure(*command):
+def _measure(directory, name, *directories):
+    command = [name, *(str(directory / path) for path in directories)]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.conversion_memory", f"--command={','.join(command)}"],
         capture_output=True,
         text=True,
         check=True,
     )
-    return json.loads(process.stdout.splitlines()[-1])
+    return int(process.stdout)
 
 
 def _convert(name, origin, target):
-    before = _peak()
     if name == "import":
         import_model(pathlib.Path(origin), pathlib.Path(target))
     else:
         export_model(origin, pathlib.Path(target))
-    print(json.dumps([before, _peak()]))
-
-
-def _peak():
     # Other than that of getrusage, this peak does not begin with the parent's.
     status = pathlib.Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+    print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024)
 
 
-def _write(directory, dtype):
-    directory.mkdir()
-    model, attention = decoder_fields(_CONFIG)
-    config = DecoderConfig(**model, attention=AttentionConfig(**attention))
+def _write(directory, config, dtype):
+    directory = directory / "origin"
+    directory.mkdir(parents=True)
+    model, attention = decoder_fields(config)
+    decoder = DecoderConfig(**model, attention=AttentionConfig(**attention))
     rng = np.random.default_rng(0)
     tensors = {
         tensor.name: rng.standard_normal(tensor.shape, np.float32).astype(dtype)
-        for tensor in layout(config)
+        for tensor in layout(decoder)
         if not tensor.is_scorer
     }
     save_file(tensors, directory / "model.safetensors")
-    (directory / "config.json").write_text(json.dumps(_CONFIG))
+    (directory / "config.json").write_text(json.dumps(config))
     vocab = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>")
     tokenizers.Tokenizer(vocab).save(str(directory / "tokenizer.json"))
     return sum(tensor.size * 4 for tensor in tensors.values())

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import ml_dtypes
 import numpy as np
 import tokenizers
 from flax import nnx
@@ -20,9 +20,8 @@ from sparsek_jax.data import Tokenizer
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER
 from sparsek_jax.pretrained.directories import check_new, staged
 from sparsek_jax.pretrained.families import huggingface_config
-from sparsek_jax.pretrained.huggingface import TOKENIZER_FILES, write_huggingface
-from sparsek_jax.pretrained.layout import layout
-from sparsek_jax.pretrained.source import ConversionError
+from sparsek_jax.pretrained.huggingface import TOKENIZER_FILES, write_json, write_weights
+from sparsek_jax.pretrained.layout import Tensor, layout
 from sparsek_jax.training.checkpoint import restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import Params, define
@@ -33,8 +32,6 @@ from sparsek_jax.training.workdir import (
     load_run_tokenizer,
 )
 
-DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-
 
 def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32") -> int:
     """Writes a run's newest weights as a directory that transformers loads.
@@ -42,7 +39,8 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     Args:
       workdir: Directory of a run, or of an imported model.
       to: Directory to make.
-      dtype: Of the weights, a key of `DTYPES`. Only "float32" keeps every bit of a trained weight.
+      dtype: Of the weights, a key of `huggingface.DTYPES`. Only "float32" keeps every bit of a
+        trained weight.
 
     Returns:
       The step that the weights are from.
@@ -66,21 +64,20 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     files = _tokenizer_files(workdir, config, tokenizer)
     params, step = _restore(workdir, model_config)
     params = _unstacked(params, model_config)
-    tensors = {}
-    for tensor in layout(model_config):
-        # Taken out one by one, so that no parameter is held twice.
-        parts = [np.asarray(params.pop(name)) for name in tensor.params]
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(tensor.join(*parts), DTYPES[dtype])
-        if not np.isfinite(array).all():
-            raise ConversionError(
-                f"tensor {tensor.name} is not finite in --dtype={dtype}; expected a wider dtype, "
-                "or a run that has not diverged"
-            )
-        tensors[tensor.name] = array
+    tensors = layout(model_config)
     with staged(to) as staging:
-        write_huggingface(staging, fields, tensors, files)
+        write_json(staging / "config.json", fields)
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        write_weights(staging, shapes, dtype, _joined(tensors, params))
     return step
+
+
+def _joined(tensors: Iterable[Tensor], params: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Tensors of a file, made of parameters that are given up one by one."""
+    for tensor in tensors:
+        yield tensor.join(*(np.asarray(params.pop(name)) for name in tensor.params))
 
 
 def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Params, int]:

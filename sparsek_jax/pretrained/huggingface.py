@@ -7,11 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-# Gives NumPy the bfloat16 that safetensors asks it for.
-import ml_dtypes  # noqa: F401
+import ml_dtypes
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from sparsek_jax.pretrained.source import ConversionError, Source, StoredTensor, reading
 
@@ -22,6 +20,12 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+# Of weights that are written: in the words of the format, and NumPy's.
+DTYPES = {
+    "float32": ("F32", np.dtype(np.float32)),
+    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
+    "float16": ("F16", np.dtype(np.float16)),
+}
 _INDEX = "model.safetensors.index.json"
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -57,25 +61,45 @@ def open_huggingface(directory: Path) -> Source:
     )
 
 
-def write_huggingface(
+def write_weights(
     directory: Path,
-    config: Mapping[str, Any],
-    tensors: dict[str, np.ndarray],
-    tokenizer: Mapping[str, bytes],
+    tensors: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    arrays: Iterable[np.ndarray],
 ) -> None:
-    """Writes a directory that `open_huggingface` and transformers read.
+    """Writes model.safetensors, one tensor at a time.
+
+    The library's own writer wants all of them in memory at once.
 
     Args:
       directory: Where to; it exists.
-      config: Contents of config.json.
-      tensors: Contiguous arrays by name.
-      tokenizer: Contents of the tokenizer's files, by name.
+      tensors: Shapes by name.
+      dtype: Of all tensors, a key of `DTYPES`.
+      arrays: In the order of `tensors` and of these shapes, in any dtype; cast by rounding.
     """
-    write_json(directory / "config.json", config)
-    for name, content in tokenizer.items():
-        (directory / name).write_bytes(content)
+    code, scalar = DTYPES[dtype]
     # transformers reads no file without this entry.
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in tensors.items():
+        start, end = end, end + math.prod(shape) * _WIDTHS[code]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    # The format aligns the data to eight bytes with spaces.
+    encoded += b" " * (-len(encoded) % 8)
+    with (directory / WEIGHTS).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for (name, shape), array in zip(tensors.items(), arrays, strict=True):
+            if array.shape != shape:
+                raise ValueError(f"tensor {name} has shape {array.shape}; expected {shape}")
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(array, scalar)
+            if not np.isfinite(array).all():
+                raise ConversionError(
+                    f"tensor {name} is not finite in --dtype={dtype}; expected a wider dtype, or a "
+                    "run that has not diverged"
+                )
+            file.write(array.reshape(-1).view(np.uint8))
 
 
 def read_json(path: Path) -> dict[str, Any]:

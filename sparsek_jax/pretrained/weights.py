@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import re
 from collections.abc import Sequence
 
@@ -110,8 +111,7 @@ def read_parameters(source: Source, config: nn.DecoderConfig, plan: Plan, *, see
                     "the same, since config.json says tie_word_embeddings"
                 )
         for name, part in zip(tensor.params, tensor.split(array), strict=True):
-            # A view is copied once, into the order that the parameter has in memory.
-            params[name] = jax.device_put(np.ascontiguousarray(part, np.float32), device)
+            params[name] = jax.device_put(_lasting_copy(part), device)
     if plan.new:
         with jax.default_device(device):
             params |= _new_scorers(config, seed)
@@ -125,6 +125,18 @@ def _read(source: Source, name: str, stored: StoredTensor) -> np.ndarray:
             f"{source.path}: tensor {name} holds numbers that are not finite; expected none"
         )
     return array
+
+
+def _lasting_copy(array: np.ndarray) -> np.ndarray:
+    """A contiguous float32 copy in pages of its own, which JAX uses as they are on a CPU.
+
+    On the heap, parameters and the temporaries between them would leave holes worth a third of the
+    model.
+    """
+    pages = mmap.mmap(-1, 4 * max(array.size, 1))
+    copy = np.frombuffer(pages, np.float32, array.size).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _new_scorers(config: nn.DecoderConfig, seed: int) -> Params:

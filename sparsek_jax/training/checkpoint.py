@@ -8,6 +8,7 @@ with a flipped bit without notice. A step that fails its manifest is moved to `c
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,6 @@ from jax.experimental import multihost_utils
 from sparsek_jax import nn
 from sparsek_jax.training.parameters import Params, define
 from sparsek_jax.training.workdir import write_json
-
-_LEAST_BYTES_IN_FLIGHT = 32 * 2**20
 
 
 class CheckpointError(RuntimeError):
@@ -186,9 +185,8 @@ def save_params(workdir: str | os.PathLike, params: Params) -> None:
       CheckpointError: They cannot be written.
     """
     workdir = Path(workdir).absolute()
-    # What is on its way to the disk is a copy, which every array has to fit in.
-    limit = _LEAST_BYTES_IN_FLIGHT + max(x.nbytes for x in params.values())
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit / 1e9)
+    sizes = [x.nbytes for x in params.values()]
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=_gigabytes_in_flight(sizes))
     path = _step_directory(workdir, 0) / "params"
     try:
         with ocp.Checkpointer(handler) as checkpointer:
@@ -259,26 +257,28 @@ def restore_params(
             f"step={step} is not in workdir={str(workdir)!r}; expected one of "
             f"{sorted(_steps(workdir))}"
         )
-    handler = ocp.StandardCheckpointHandler()
-    with ocp.Checkpointer(handler) as checkpointer:
 
-        def sharding(name, shape):
-            # Read to be dropped, or to be refused by its shape.
-            wanted = abstract.get(name)
-            known = wanted is not None and wanted.shape == shape
-            return (known and wanted.sharding) or device
+    def sharding(name, shape):
+        # Read to be dropped, or to be refused by its shape.
+        wanted = abstract.get(name)
+        known = wanted is not None and wanted.shape == shape
+        return (known and wanted.sharding) or device
 
-        def read(step):
-            path = _step_directory(workdir, step) / "params"
-            # The checkpointer's own `metadata` warns that a part of a step has none of a whole one.
-            saved = handler.metadata(path)
-            target = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(name, x.shape))
-                for name, x in saved.items()
-            }
+    def read(step):
+        path = _step_directory(workdir, step) / "params"
+        # The checkpointer's own `metadata` warns that a part of a step has none of a whole one.
+        saved = ocp.StandardCheckpointHandler().metadata(path)
+        target = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(name, x.shape))
+            for name, x in saved.items()
+        }
+        sizes = [math.prod(x.shape) * x.dtype.itemsize for x in target.values()]
+        limit = _gigabytes_in_flight(sizes)
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=limit)
+        with ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(path, ocp.args.StandardRestore(target))
 
-        found = _newest_intact(workdir, read, only=step)
+    found = _newest_intact(workdir, read, only=step)
     if found is None:
         raise FileNotFoundError(
             f"workdir={str(workdir)!r} holds no checkpoint; train first: "
@@ -298,6 +298,14 @@ def restore_params(
                 f"{step}; the model expects {expected.shape}"
             )
     return {name: saved[name] for name in abstract}, step
+
+
+def _gigabytes_in_flight(sizes: Sequence[int]) -> float:
+    """What may be held twice while it is written or read, given the bytes of every array.
+
+    An eighth, but no array may reach the limit.
+    """
+    return max(sum(sizes) / 8, 1.01 * max(sizes)) / 1e9
 
 
 def _step_directory(workdir: Path, step: int) -> Path:
