@@ -7,13 +7,17 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs import of_run, tiny_test
 from sparsek_jax.data.tokenizer import HuggingFaceTokenizer
 from sparsek_jax.evaluation.evaluate import evaluate
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.importing import import_model
-from sparsek_jax.training.config import ConfigError
+from sparsek_jax.nn import Decoder
+from sparsek_jax.training.checkpoint import restore_params
+from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.parameters import define
 from sparsek_jax.training.trainer import train
 from tests.pretrained import models
 from tests.training.helpers import ROOT, environment, write_corpus
@@ -66,7 +70,7 @@ def test_bytes_are_exported_as_a_tokenizer_with_the_same_ids(trained, directory)
 def test_training_starts_from_an_imported_model(trained, directory):
     config, _ = trained
     tuned = of_run.get_config(directory / "imported")
-    tuned.attention.pattern = ("window", "window", "window", "sparsek")
+    tuned.attention.pattern = ("window",)
     tuned.init_from = str(directory / "imported")
     tuned.data.glob, tuned.data.root = config.data.glob, config.data.root
     tuned.train.steps, tuned.optimizer.warmup_steps = 1, 0
@@ -76,15 +80,30 @@ def test_training_starts_from_an_imported_model(trained, directory):
     export_model(directory / "tuned", directory / "tuned_exported")
     before = models.tensors(directory / "exported")
     after = models.tensors(directory / "tuned_exported")
+    assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
-    prefix = "model.layers.3.self_attn.scorer"
-    assert after.keys() - before.keys() == {f"{prefix}.weight", f"{prefix}.norm.weight"}
-
     tuned.data.tokenizer = "bytes"
     with pytest.raises(ConfigError, match=r"data\.tokenizer='bytes', but init_from=.*the same"):
         train(tuned, directory / "other")
     assert not (directory / "other").exists()
+
+
+def test_only_scorers_may_be_lacking_where_training_starts(trained, directory):
+    config = of_run.get_config(directory / "imported")
+    config.attention.pattern = ("window", "sparsek")
+    definition = define(lambda: Decoder(decoder_config(config, 258), rngs=nnx.Rngs(0)))
+    new = {name: jnp.zeros(x.shape) for name, x in definition.abstract.items()}
+    scorers = {name: x for name, x in new.items() if ".scorer." in name}
+    assert len(scorers) == 4
+    arguments = (directory / "imported", definition.abstract)
+    params, step = restore_params(*arguments, fallback=scorers)
+    assert step == 0
+    assert params.keys() == new.keys()
+    for name in new:
+        assert (params[name] is scorers.get(name)) == (name in scorers)
+    with pytest.raises(ValueError, match=r"layers\.1\.attention\.scorer\.kernel is not in the"):
+        restore_params(*arguments)
 
 
 def test_an_imported_model_is_evaluated_but_not_trained_in_place(trained, directory):
