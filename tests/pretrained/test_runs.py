@@ -12,9 +12,9 @@ from flax import nnx
 from configs import of_run, tiny_test
 from sparsek_jax.data.tokenizer import HuggingFaceTokenizer
 from sparsek_jax.evaluation.evaluate import evaluate
+from sparsek_jax.nn import Decoder
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.importing import import_model
-from sparsek_jax.nn import Decoder
 from sparsek_jax.training.checkpoint import restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import define
