@@ -42,6 +42,7 @@ SMALLER = {
         "--config.data.max_documents=40",
         "--config.sample.length=4",
     ),
+    "convert.py": (),
     "generate.py": ("--max_tokens=4",),
     "benchmarks.scaling": ("--length=32,64", "--num_selected=8", "--sliding_window=8"),
 }
@@ -91,7 +92,9 @@ def test_programs_run_in_the_order_shown(tmp_path):
     for words in PROGRAMS:
         program = words[2] if words[1] == "-m" else words[1]
         arguments = [
-            re.sub(r"=(texts|runs)/", lambda match: f"={tmp_path}/{match[1]}/", argument)
+            re.sub(
+                r"([=:])(texts|runs)/", lambda match: f"{match[1]}{tmp_path}/{match[2]}/", argument
+            )
             for argument in words[1:]
         ]
         if "--config=" in " ".join(arguments):
