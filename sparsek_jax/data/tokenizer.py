@@ -215,11 +215,16 @@ def _named_specials(path: Path) -> dict[str, str]:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config_path}: {error}; expected JSON, or no such file") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} holds {config!r}; expected a JSON object, or no such file")
     named = {}
     for field in ("bos_token", "eos_token"):
         token = config.get(field)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
+            raise ValueError(f"{config_path}: {field}={token!r}; expected the text of a token")
         if token:
-            named[field] = token["content"] if isinstance(token, dict) else token
+            named[field] = token
     return named
 
 

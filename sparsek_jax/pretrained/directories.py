@@ -25,6 +25,8 @@ def check_new(flag: str, directory: Path) -> None:
 def staged(directory: Path) -> Iterator[Path]:
     """A directory beside the wanted one that takes its place at the end, or vanishes.
 
+    So do the parents that had to be made for it.
+
     Args:
       directory: The wanted one, which passes `check_new`.
 
@@ -33,9 +35,14 @@ def staged(directory: Path) -> Iterator[Path]:
     """
     directory = directory.absolute()
     staging = directory.with_name(f".{directory.name}.{os.getpid()}")
+    made = [parent for parent in staging.parents if not parent.exists()]
     staging.mkdir(parents=True)
     try:
         yield staging
         os.replace(staging, directory)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # Somebody else may use it by now.
+                parent.rmdir()
+        raise

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsek_jax import nn
 from sparsek_jax.pretrained.source import ConversionError
+from sparsek_jax.training.config import ConfigError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox")
 # What a config.json made here says about attention in addition, and of which scorers consist.
@@ -69,17 +70,18 @@ def decoder_fields(
 
     Raises:
       ConversionError: A field is missing, or asks for what a decoder cannot do.
+      ConfigError: An option does not go with the model.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise ConversionError(f"config.json: model_type={family!r}; expected one of {FAMILIES}")
+        raise ConversionError(f"model_type={family!r}; expected one of {FAMILIES}")
     _refuse(config, "quantization_config", (None,))
-    num_heads = _required(config, "num_attention_heads")
+    num_heads = _size(config, "num_attention_heads")
     model = {
-        "vocab_size": _required(config, "vocab_size"),
-        "num_layers": _required(config, "num_hidden_layers"),
-        "d_model": _required(config, "hidden_size"),
-        "mlp_dim": _required(config, "intermediate_size"),
+        "vocab_size": _size(config, "vocab_size"),
+        "num_layers": _size(config, "num_hidden_layers"),
+        "d_model": _size(config, "hidden_size"),
+        "mlp_dim": _size(config, "intermediate_size"),
         "tie_embeddings": config.get("tie_word_embeddings", False),
     }
     attention = {"num_heads": num_heads} | _rope(config)
@@ -90,8 +92,12 @@ def decoder_fields(
 
 
 def context_length(config: Mapping[str, Any]) -> int:
-    """Tokens that a model was made for."""
-    return config.get("max_position_embeddings", _CONTEXT[config["model_type"]])
+    """Tokens that a model was made for.
+
+    Raises:
+      ConversionError: The field is no number of tokens.
+    """
+    return _size(config, "max_position_embeddings", _CONTEXT[config["model_type"]])
 
 
 def huggingface_config(config: nn.DecoderConfig, context: int) -> dict[str, Any]:
@@ -158,15 +164,11 @@ def _llama(family, config, d_model, num_heads):
     _refuse(config, "hidden_act", ("silu",))
     if config.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConversionError(
-            f"config.json: partial_rotary_factor={config['partial_rotary_factor']}; expected 1.0 "
-            f"for {family}"
+            f"partial_rotary_factor={config['partial_rotary_factor']!r}; expected 1.0 for {family}"
         )
     bias = config.get("attention_bias", False)
-    has_kv_default = family == "llama"
-    num_kv_heads = config.get("num_key_value_heads") or (
-        num_heads if has_kv_default else _required(config, "num_key_value_heads")
-    )
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else d_model // num_heads)
+    num_kv_heads = _size(config, "num_key_value_heads", num_heads if family == "llama" else None)
+    head_dim = _size(config, "head_dim", 128 if family == "qwen3" else d_model // num_heads)
     model = {
         "norm": "rmsnorm",
         "norm_eps": config.get("rms_norm_eps", 1e-6),
@@ -190,11 +192,10 @@ def _neox(family, config, d_model, num_heads):
     _refuse(config, "hidden_act", ("gelu",))
     if d_model % num_heads:
         raise ConversionError(
-            f"config.json: hidden_size={d_model}; expected a multiple of "
-            f"num_attention_heads={num_heads}"
+            f"hidden_size={d_model}; expected a multiple of num_attention_heads={num_heads}"
         )
     bias = config.get("attention_bias", True)
-    parameters = config.get("rope_parameters") or {}
+    parameters = _mapping(config, "rope_parameters")
     model = {
         "norm": "layernorm",
         "norm_eps": config.get("layer_norm_eps", 1e-5),
@@ -215,11 +216,12 @@ def _neox(family, config, d_model, num_heads):
 
 def _rope(config):
     """Rotary fields, which transformers 5 keeps in `rope_parameters`."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    rope = _mapping(config, "rope_scaling") | _mapping(config, "rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise ConversionError(
-            f"config.json: the rope_type is {kind!r}; expected 'default', 'linear' or 'llama3'"
+            f"the rotary embedding is scaled by rope_type={kind!r}, which is not supported; "
+            "expected 'default', 'linear' or 'llama3'"
         )
     theta = config.get("rope_theta", config.get("rotary_emb_base", 1e4))
     fields = {"rope_theta": rope.get("rope_theta", theta)}
@@ -261,25 +263,32 @@ def _window(family, config):
     else:
         window = config.get("sliding_window") if config.get("use_sliding_window") else None
         first = config.get("max_window_layers", 28)
+    if window is not None:
+        window = _size(config, "sliding_window", window)
+    sliding, full = "sliding_attention", "full_attention"
     kinds = config.get("layer_types") or [
-        "sliding_attention" if window is not None and i >= first else "full_attention"
-        for i in range(num_layers)
+        sliding if window is not None and i >= first else full for i in range(num_layers)
     ]
-    if len(set(kinds)) > 1:
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise ConversionError(
-            f"config.json: sliding_window={window} in some layers only; expected it in all or none"
+            f"layer_types={kinds!r}; expected a list of num_hidden_layers={num_layers} names"
         )
-    return window if kinds[0] == "sliding_attention" else None
+    if kinds == [full] * num_layers:
+        return None
+    if kinds != [sliding] * num_layers or window is None:
+        raise ConversionError(
+            f"sliding_window={window} in some layers only (layer_types or max_window_layers says "
+            "so); expected it in all or none"
+        )
+    return window
 
 
 def _mixing(config, window, options):
     """Kinds of attention and their budgets: as asked for, else by the file, else by default."""
-    entry = dict(config.get(ENTRY) or {})
+    entry = _mapping(config, ENTRY)
     unknown = sorted(entry.keys() - set(_ENTRY_FIELDS))
     if unknown:
-        raise ConversionError(
-            f"config.json: {ENTRY}.{unknown[0]} is unknown; expected some of {_ENTRY_FIELDS}"
-        )
+        raise ConversionError(f"{ENTRY}.{unknown[0]} is unknown; expected some of {_ENTRY_FIELDS}")
     asked = {name: value for name, value in vars(options).items() if value is not None}
     if "kind" in asked:
         # The pattern would hide the kind.
@@ -291,14 +300,14 @@ def _mixing(config, window, options):
     if window is None:
         return {"sliding_window": usual} | fields
     if "dense" in kinds:
-        raise ConversionError(
+        raise ConfigError(
             f"--kind or --pattern asks for dense attention, but the model was trained with "
             f"sliding_window={window}; expected 'window' or 'sparsek'"
         )
     widest = window if kinds == {"window"} else min(window, usual)
     fields = {"sliding_window": widest} | fields
     if fields["sliding_window"] > window:
-        raise ConversionError(
+        raise ConfigError(
             f"--sliding_window={fields['sliding_window']}; expected at most {window}, with which "
             "the model was trained"
         )
@@ -350,12 +359,30 @@ def _only_windows(config: nn.DecoderConfig) -> bool:
 
 def _required(config, name):
     if config.get(name) is None:
-        raise ConversionError(f"config.json: {name} is missing; expected it")
+        raise ConversionError(f"{name} is missing; expected it")
     return config[name]
+
+
+def _size(config, name, default=None):
+    """A whole number of at least 1; null stands for the default, as it does in transformers."""
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConversionError(f"{name} is missing; expected it")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConversionError(f"{name}={value!r}; expected an int of at least 1")
+    return value
+
+
+def _mapping(config, name):
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConversionError(f"{name}={value!r}; expected an object")
+    return dict(value)
 
 
 def _refuse(config, name, allowed):
     """Refuses a field with another value than those; what is left out is the first one."""
     value = config.get(name, allowed[0])
     if value not in allowed:
-        raise ConversionError(f"config.json: {name}={value!r}; expected one of {allowed}")
+        raise ConversionError(f"{name}={value!r}; expected one of {allowed}")

@@ -144,12 +144,17 @@ def _config(path: Path, metadata: dict[str, Any], stored: dict[str, Any]) -> dic
 
 
 def _rope_scaling(path: Path, field, number, stored: dict[str, Any]) -> dict[str, Any] | None:
+    old_factor = number("rope.scale_linear", 1)  # in files of 2023, without a type
+    kind = field("rope.scaling.type", "none" if old_factor == 1 else "linear")
+    if kind not in ("none", "linear"):
+        # No more of it is read: it will be refused by this name.
+        return {"rope_type": kind}
     if _ROPE_FREQUENCIES in stored:
         return _llama3_scaling(path, field, number, stored[_ROPE_FREQUENCIES])
-    kind = field("rope.scaling.type", "none")
     if kind == "none":
         return None
-    return {"rope_type": kind, "factor": number("rope.scaling.factor")}
+    factor = old_factor if old_factor != 1 else number("rope.scaling.factor")
+    return {"rope_type": kind, "factor": factor}
 
 
 def _llama3_scaling(path: Path, field, number, tensor: gguf.ReaderTensor) -> dict[str, Any]:

@@ -134,16 +134,20 @@ def planned(
 
 def _run_config(source: Source, options: AttentionOptions) -> ml_collections.ConfigDict:
     config = default_config()
-    model, attention = decoder_fields(source.config, options)
+    try:
+        model, attention = decoder_fields(source.config, options)
+        context = context_length(source.config)
+    except ConversionError as error:
+        raise ConversionError(f"{source.config_path}: {error}") from error
     for section, fields in (("model", model), ("attention", attention)):
         for name, value in fields.items():
             try:
                 config[section][name] = value
             except TypeError as error:
                 raise ConversionError(
-                    f"{source.path}: {section}.{name}={value!r}; {error}"
+                    f"{source.config_path}: {section}.{name}={value!r}; {error}"
                 ) from error
-    config.data.seq_len = min(config.data.seq_len, context_length(source.config))
+    config.data.seq_len = min(config.data.seq_len, context)
     return config
 
 
@@ -152,7 +156,7 @@ def _check_tokenizer(source: Source, path: Path, vocab_size: int) -> None:
         tokenizer = HuggingFaceTokenizer(path)
     except ValueError as error:
         # The file that is read lies where nobody will find it.
-        message = str(error).replace(str(path), str(source.path / path.name))
+        message = str(error).replace(str(path.parent), str(source.path))
         raise ConversionError(message) from error
     if tokenizer.vocab_size > vocab_size:
         raise ConversionError(

@@ -50,6 +50,11 @@ class Source:
     tensors: dict[str, StoredTensor]
     tokenizer: dict[str, bytes]
 
+    @property
+    def config_path(self) -> Path:
+        """The file that the configuration is from."""
+        return self.path / "config.json" if self.path.is_dir() else self.path
+
 
 @contextlib.contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:

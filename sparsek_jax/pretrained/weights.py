@@ -14,7 +14,7 @@ from flax import nnx
 
 from sparsek_jax import nn
 from sparsek_jax.pretrained.layout import Tensor, layout
-from sparsek_jax.pretrained.source import ConversionError, Source, StoredTensor
+from sparsek_jax.pretrained.source import ConversionError, Source, StoredTensor, reading
 from sparsek_jax.training.parameters import Params
 
 # What old versions of transformers stored though it is no weight: masks and rotary frequencies.
@@ -119,8 +119,9 @@ def read_parameters(source: Source, config: nn.DecoderConfig, plan: Plan, *, see
 
 
 def _read(source: Source, name: str, stored: StoredTensor) -> np.ndarray:
-    array = stored.read()
-    if array.shape != stored.shape or not np.isfinite(array).all():
+    with reading(source.path, f"tensor {name} of shape {stored.shape}"):
+        array = stored.read()
+    if not np.isfinite(array).all():
         raise ConversionError(
             f"{source.path}: tensor {name} holds numbers that are not finite; expected none"
         )

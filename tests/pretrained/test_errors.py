@@ -18,7 +18,7 @@ def fails(tmp_path, directory, match, **options):
     """The import fails with such a message, and leaves nothing behind."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ConfigError, match=match):
-        import_model(directory, tmp_path / "run", options=AttentionOptions(**options))
+        import_model(directory, tmp_path / "new" / "run", options=AttentionOptions(**options))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -76,11 +76,22 @@ def test_a_stored_output_must_be_what_it_is_tied_to(tmp_path):
     [
         ("qwen3", {"model_type": "gemma"}, "model_type='gemma'; expected one of"),
         ("qwen3", {"hidden_size": None}, "hidden_size is missing"),
-        ("qwen3", {"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight"),
+        ("llama3", {"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight"),
+        ("qwen3", {"num_hidden_layers": 3}, "layer_types=.*num_hidden_layers=3"),
         ("qwen3", {"num_key_value_heads": 3}, "attention.num_heads=4; expected a multiple"),
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act='gelu'; expected one of"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "quantization_config=.*; expected"),
-        ("qwen3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn'; expected"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn"}}, "qwen3/config.json: .*='yarn'.*not"),
+        ("qwen2", {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "dynamic.*not"),
+        ("llama3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type='longrope'.*not"),
+        ("pythia", {"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic'.*not"),
+        ("llama3", {"rope_scaling": "yarn"}, "rope_scaling='yarn'; expected an object"),
+        ("pythia", {"num_attention_heads": 0}, "num_attention_heads=0; expected an int of at"),
+        ("mistral", {"num_hidden_layers": "2"}, "num_hidden_layers='2'; expected an int"),
+        ("mistral", {"sliding_window": -1}, "sliding_window=-1; expected an int of at least 1"),
+        ("qwen3", {"max_position_embeddings": "64"}, "max_position_embeddings='64'; expected"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "in some layers only .layer_types"),
+        ("qwen3", {"sparsek": "dense"}, "sparsek='dense'; expected an object"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3"}}, "factor is missing"),
         ("pythia", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new'; expected"),
         ("qwen2_window", {"max_window_layers": 1, "layer_types": None}, "in some layers only"),
@@ -148,6 +159,9 @@ def test_a_tokenizer_is_needed(tmp_path):
     directory = models.source(tmp_path, "qwen3")
     models.add_tokenizer(directory, size=49)
     fails(tmp_path, directory, "tokenizer has 49 ids; expected at most the model's vocab_size=48")
+    for content in ("[]", '{"eos_token": [1]}'):
+        (directory / "tokenizer_config.json").write_text(content)
+        fails(tmp_path, directory, f"{directory}/tokenizer_config.json.*expected")
     (directory / "tokenizer.json").write_text("[]")
     fails(tmp_path, directory, f"{directory}/tokenizer.json.*expected a Hugging Face tokenizer")
     (directory / "tokenizer.json").unlink()

@@ -136,6 +136,18 @@ def test_tensors_are_dequantised(kind, tmp_path):
     np.testing.assert_array_equal(read, stored.read())
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_linear_scaling_is_found_in_both_its_forms(metadata, tmp_path):
+    source = open_gguf(write(tmp_path / "model.gguf", fixture_tensors(), METADATA | metadata))
+    assert source.config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_scaling_of_llama_3_is_found_in_its_tensor(factor, tmp_path):
     divisors = rope_divisors(factor)
@@ -156,7 +168,8 @@ def test_scaling_of_llama_3_is_found_in_its_tensor(factor, tmp_path):
     [
         ({"llama.expert_count": 8}, "llama.expert_count=8; expected no mixture"),
         ({"llama.rope.dimension_count": 4}, "llama.rope.dimension_count=4; expected the size"),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}, "is 'yarn'"),
+        ({"llama.rope.scaling.type": "yarn"}, "model.gguf: .*rope_type='yarn'.*not supported"),
+        ({"llama.rope.scaling.type": "longrope"}, "rope_type='longrope'.*not supported"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model='bert'; expected"),
         ({"tokenizer.ggml.pre": "chameleon"}, "tokenizer.ggml.pre='chameleon'; expected"),
