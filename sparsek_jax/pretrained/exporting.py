@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -24,7 +23,7 @@ from sparsek_jax.pretrained.huggingface import TOKENIZER_FILES, write_json, writ
 from sparsek_jax.pretrained.layout import Tensor, layout
 from sparsek_jax.training.checkpoint import restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.parameters import Params, define
+from sparsek_jax.training.parameters import Params, define, unstack_layers
 from sparsek_jax.training.workdir import (
     corpus_directory,
     imported_from,
@@ -63,7 +62,8 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     }
     files = _tokenizer_files(workdir, config, tokenizer)
     params, step = _restore(workdir, model_config)
-    params = _unstacked(params, model_config)
+    # NumPy's slices are views.
+    params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, model_config)
     tensors = layout(model_config)
     with staged(to) as staging:
         write_json(staging / "config.json", fields)
@@ -74,10 +74,10 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     return step
 
 
-def _joined(tensors: Iterable[Tensor], params: dict[str, Any]) -> Iterator[np.ndarray]:
+def _joined(tensors: Iterable[Tensor], params: Params) -> Iterator[np.ndarray]:
     """Tensors of a file, made of parameters that are given up one by one."""
     for tensor in tensors:
-        yield tensor.join(*(np.asarray(params.pop(name)) for name in tensor.params))
+        yield tensor.join(*(params.pop(name) for name in tensor.params))
 
 
 def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Params, int]:
@@ -91,21 +91,6 @@ def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Para
         return restore_params(workdir, abstract)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _unstacked(params: Params, config: nn.DecoderConfig) -> dict[str, Any]:
-    """Parameters of every layer by themselves, as without `scan_layers`; views, not copies."""
-    if not config.scan_layers:
-        return params
-    unstacked = {}
-    for name, array in params.items():
-        if not name.startswith("layers."):
-            unstacked[name] = array
-            continue
-        _, offset, rest = name.split(".", 2)
-        for repeat, part in enumerate(np.asarray(array)):
-            unstacked[f"layers.{repeat * config.period + int(offset)}.{rest}"] = part
-    return unstacked
 
 
 def _context_length(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> int:

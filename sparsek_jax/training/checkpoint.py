@@ -227,7 +227,6 @@ def restore_params(
     abstract: dict[str, jax.ShapeDtypeStruct],
     *,
     step: int | None = None,
-    fallback: Params | None = None,
 ) -> tuple[Params, int]:
     """Loads a run's parameters, and drops those that are not asked for.
 
@@ -235,7 +234,6 @@ def restore_params(
       workdir: The run's directory.
       abstract: The parameters by name, each with its sharding; without one it goes to one device.
       step: The checkpoint; None for the newest that is intact.
-      fallback: Used for parameters that the checkpoint lacks.
 
     Returns:
       The parameters, and the step they are from.
@@ -285,7 +283,6 @@ def restore_params(
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
     step, saved = found
-    saved = (fallback or {}) | saved
     for name, expected in abstract.items():
         if name not in saved:
             raise ValueError(

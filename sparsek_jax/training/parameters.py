@@ -4,7 +4,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+
+from sparsek_jax import nn
 
 Params = dict[str, jax.Array]
 
@@ -43,3 +46,50 @@ def split(model: nnx.Module) -> tuple[ModelDefinition, Params]:
 def define(make_model) -> ModelDefinition:
     """Definition of the model that `make_model()` would build, without computing anything."""
     return split(nnx.eval_shape(make_model))[0]
+
+
+def unstack_layers(params: Params, config: nn.DecoderConfig) -> Params:
+    """The parameters of every layer by themselves, as without `scan_layers`.
+
+    Args:
+      params: Of a decoder; arrays of NumPy become views.
+      config: Of that decoder.
+    """
+    if not config.scan_layers:
+        return params
+    unstacked = {}
+    for name, array in params.items():
+        if not name.startswith("layers."):
+            unstacked[name] = array
+            continue
+        offset, rest = _layer(name)
+        for repeat, part in enumerate(array):
+            unstacked[f"layers.{repeat * config.period + offset}.{rest}"] = part
+    return unstacked
+
+
+def stack_layers(params: Params, config: nn.DecoderConfig) -> Params:
+    """Undoes `unstack_layers`.
+
+    Args:
+      params: Of every layer by itself.
+      config: Of the decoder that they are for.
+    """
+    if not config.scan_layers:
+        return params
+    stacked, repeats = {}, {}
+    for name, array in params.items():
+        if not name.startswith("layers."):
+            stacked[name] = array
+            continue
+        layer, rest = _layer(name)
+        repeat, offset = divmod(layer, config.period)
+        repeats.setdefault(f"layers.{offset}.{rest}", {})[repeat] = array
+    for name, parts in repeats.items():
+        stacked[name] = jnp.stack([parts[repeat] for repeat in sorted(parts)])
+    return stacked
+
+
+def _layer(name: str) -> tuple[int, str]:
+    _, index, rest = name.split(".", 2)
+    return int(index), rest

@@ -25,9 +25,10 @@ from jaxtyping import Array, Float32
 from sparsek_jax import nn
 from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
 from sparsek_jax.training import sharding
-from sparsek_jax.training.checkpoint import Checkpoints, restore_params
+from sparsek_jax.training.checkpoint import Checkpoints
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
+from sparsek_jax.training.initial import initial_params
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -85,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_same_corpus(corpus, workdir)
-    if config.init_from:
+    if config.init_from and not (workdir / "config.json").exists():
         check_same_tokenizer(config, corpus, config.init_from)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
@@ -120,7 +121,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         if restored is None:
             step, state = 0, jax.jit(init, out_shardings=shardings)()
             if config.init_from:
-                state["params"] = _initial_params(config, state["params"], abstract["params"])
+                state["params"], start = initial_params(
+                    config.init_from,
+                    model_config,
+                    state["params"],
+                    mesh,
+                    vocab_size=corpus.tokenizer.vocab_size,
+                )
+                print(
+                    f"starting from the weights of step {start} of {config.init_from}", flush=True
+                )
         else:
             step, params, optimizer_state = restored
             if step > config.train.steps:
@@ -228,17 +238,6 @@ def _init(config, model_config, optimizer):
         "params": params,
         "optimizer": {"inner": optimizer.init(params), "counters": counters},
     }
-
-
-def _initial_params(config, params, abstract):
-    """The parameters of `init_from`, with new scorers where it attends without."""
-    scorers = {name: x for name, x in params.items() if ".scorer." in name}
-    try:
-        restored, step = restore_params(config.init_from, abstract, fallback=scorers)
-    except ValueError as error:
-        raise ConfigError(f"init_from={config.init_from!r}: {error}") from error
-    print(f"starting from the weights of step {step} of {config.init_from}", flush=True)
-    return restored
 
 
 class _Run:

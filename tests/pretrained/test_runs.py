@@ -1,9 +1,12 @@
 """Imported models used like runs, and runs exported: training, evaluation, the command line."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ from sparsek_jax.evaluation.evaluate import evaluate
 from sparsek_jax.nn import Decoder
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.importing import import_model
-from sparsek_jax.training.checkpoint import restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.parameters import define
+from sparsek_jax.training.initial import initial_params
+from sparsek_jax.training.parameters import define, split, unstack_layers
+from sparsek_jax.training.sharding import make_mesh, tree_shardings
 from sparsek_jax.training.trainer import train
 from tests.pretrained import models
 from tests.training.helpers import ROOT, environment, write_corpus
@@ -70,40 +74,85 @@ def test_bytes_are_exported_as_a_tokenizer_with_the_same_ids(trained, directory)
 def test_training_starts_from_an_imported_model(trained, directory):
     config, _ = trained
     tuned = of_run.get_config(directory / "imported")
-    tuned.attention.pattern = ("window",)
-    tuned.init_from = str(directory / "imported")
+    tuned.model.scan_layers = True  # which the import does not
+    origin = shutil.copytree(directory / "imported", directory / "origin")
+    tuned.init_from = str(origin)
     tuned.data.glob, tuned.data.root = config.data.glob, config.data.root
     tuned.train.steps, tuned.optimizer.warmup_steps = 1, 0
     tuned.train.eval_every = tuned.sample.length = 0
     tuned.optimizer.learning_rate = 1e-30  # so that the weights stay as they are
-    train(tuned, directory / "tuned")
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 40))
+    logits = train(tuned, directory / "tuned").model(jnp.asarray(tokens))
+    np.testing.assert_allclose(logits, models.logits(directory / "imported", tokens), atol=1e-5)
     export_model(directory / "tuned", directory / "tuned_exported")
     before = models.tensors(directory / "exported")
     after = models.tensors(directory / "tuned_exported")
     assert before.keys() == after.keys()
     for name in before:
         np.testing.assert_array_equal(after[name], before[name], err_msg=name)
-    tuned.data.tokenizer = "bytes"
+    other = copy.deepcopy(tuned)
+    other.data.tokenizer = "bytes"
     with pytest.raises(ConfigError, match=r"data\.tokenizer='bytes', but init_from=.*the same"):
-        train(tuned, directory / "other")
+        train(other, directory / "other")
     assert not (directory / "other").exists()
+    # The run goes on without what it started from.
+    shutil.rmtree(origin)
+    assert train(tuned, directory / "tuned").finished
+
+
+def started(directory, config):
+    """The parameters of layers by themselves that a run starts with, and the new ones before."""
+    config = decoder_config(config, 258)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    abstract = define(lambda: Decoder(config, rngs=nnx.Rngs(0))).abstract
+    shardings = tree_shardings(abstract, mesh)
+    new = {
+        name: jax.device_put(np.full(x.shape, 7, x.dtype), shardings[name])
+        for name, x in abstract.items()
+    }
+    params, step = initial_params(directory, config, new, mesh, vocab_size=258)
+    assert step in (0, 2)
+    assert {name: x.sharding for name, x in params.items()} == shardings
+    return {name: np.asarray(x) for name, x in unstack_layers(params, config).items()}
 
 
 def test_only_scorers_may_be_lacking_where_training_starts(trained, directory):
     config = of_run.get_config(directory / "imported")
     config.attention.pattern = ("window", "sparsek")
-    definition = define(lambda: Decoder(decoder_config(config, 258), rngs=nnx.Rngs(0)))
-    new = {name: jnp.zeros(x.shape) for name, x in definition.abstract.items()}
-    scorers = {name: x for name, x in new.items() if ".scorer." in name}
-    assert len(scorers) == 4
-    arguments = (directory / "imported", definition.abstract)
-    params, step = restore_params(*arguments, fallback=scorers)
-    assert step == 0
-    assert params.keys() == new.keys()
-    for name in new:
-        assert (params[name] is scorers.get(name)) == (name in scorers)
-    with pytest.raises(ValueError, match=r"layers\.1\.attention\.scorer\.kernel is not in the"):
-        restore_params(*arguments)
+    for scanned in (False, True):
+        config.model.scan_layers = scanned
+        params = started(directory / "imported", config)
+        new = {name for name, x in params.items() if (x == 7).all()}
+        assert len(new) == 4
+        assert all(".scorer." in name for name in new)
+    for field, value, match in (
+        ("num_layers", 6, r"has no parameter layers\.4\.attention.* of shape"),
+        ("num_layers", 2, r"has a parameter layers\.2\.attention.*; expected none"),
+        ("mlp_dim", 24, r"layers\.0\.mlp\.down\.kernel in shape .64, 32.; expected .24, 32."),
+        ("tie_embeddings", not config.model.tie_embeddings, "parameter output of shape"),
+    ):
+        other = copy.deepcopy(config)
+        other.model[field] = value
+        with pytest.raises(ConfigError, match=match):
+            started(directory / "imported", other)
+
+
+def test_layers_are_stacked_and_taken_apart_where_training_starts(trained, directory):
+    config, model = trained
+    stacked, apart = directory / "run", directory / "imported"
+    expected = unstack_layers(split(model)[1], decoder_config(config, 258))
+    for origin, pattern, scanned in (
+        (stacked, ("window", "dense"), False),
+        (stacked, ("dense",), True),  # in two stacks there, in one here
+        (apart, ("window", "dense"), True),
+        (apart, ("window", "dense", "dense", "window"), True),
+    ):
+        other = copy.deepcopy(config)
+        other.attention.pattern, other.model.scan_layers = pattern, scanned
+        params = started(origin, other)
+        assert params.keys() == expected.keys()
+        for name, x in expected.items():
+            np.testing.assert_array_equal(params[name], x, err_msg=name)
 
 
 def test_an_imported_model_is_evaluated_but_not_trained_in_place(trained, directory):

@@ -1,0 +1,102 @@
+"""The weights that a run starts from where they are not new: those of a run or of an import."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from sparsek_jax import nn
+from sparsek_jax.training.checkpoint import restore_params
+from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.parameters import Params, define, stack_layers, unstack_layers
+from sparsek_jax.training.sharding import tree_shardings
+from sparsek_jax.training.workdir import load_config
+
+
+def initial_params(
+    directory: str | os.PathLike,
+    config: nn.DecoderConfig,
+    params: Params,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+) -> tuple[Params, int]:
+    """Loads the newest weights of a directory into another decoder.
+
+    Its layers may be stacked where those of the directory are not, and the other way round. Its
+    attention may be another: scorers that the directory lacks stay as they are, and those without
+    use are dropped.
+
+    Args:
+      directory: Of the run or import.
+      config: Of the decoder.
+      params: Its new parameters, on the mesh.
+      mesh: Where they are.
+      vocab_size: Of the tokenizer, which the directory's must equal.
+
+    Returns:
+      The parameters, each where the new one was, and the step they are from.
+
+    Raises:
+      FileNotFoundError: The directory holds no checkpoint.
+      CheckpointError: It has checkpoints, but none is intact.
+      ConfigError: The directory's decoder has other layers or other shapes.
+    """
+    source = decoder_config(load_config(directory), vocab_size)
+    definition = define(lambda: nn.Decoder(source, rngs=nnx.Rngs(0)))
+    shardings = tree_shardings(definition.abstract, mesh)
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name])
+        for name, x in definition.abstract.items()
+    }
+    needed = _layers(params, config)
+    _check(directory, _layers(abstract, source), needed)
+    restored, step = restore_params(directory, abstract)
+    if _stacking(source) == _stacking(config):
+        return {name: restored.get(name, x) for name, x in params.items()}, step
+    scorers = {name: x for name, x in params.items() if _is_scorer(name)}
+
+    def rearranged(restored, scorers):
+        given = unstack_layers(scorers, config) | unstack_layers(restored, source)
+        return stack_layers({name: given[name] for name in needed}, config)
+
+    # Under a jit, as the arrays may be spread over processes.
+    shardings = {name: x.sharding for name, x in params.items()}
+    return jax.jit(rearranged, out_shardings=shardings)(restored, scorers), step
+
+
+def _layers(params, config):
+    """Shapes of the parameters of every layer by itself."""
+    return jax.eval_shape(functools.partial(unstack_layers, config=config), dict(params))
+
+
+def _stacking(config):
+    return config.scan_layers and config.period
+
+
+def _is_scorer(name):
+    return ".scorer." in name
+
+
+def _check(directory, given, needed):
+    for name, expected in needed.items():
+        if name not in given and not _is_scorer(name):
+            raise ConfigError(
+                f"init_from={str(directory)!r} has no parameter {name} of shape {expected.shape}; "
+                "expected it, as it belongs to no scorer"
+            )
+        if name in given and given[name].shape != expected.shape:
+            raise ConfigError(
+                f"init_from={str(directory)!r} has the parameter {name} in shape "
+                f"{given[name].shape}; expected {expected.shape}"
+            )
+    for name, found in given.items():
+        if name not in needed and not _is_scorer(name):
+            raise ConfigError(
+                f"init_from={str(directory)!r} has a parameter {name} of shape {found.shape}; "
+                "expected none, as it belongs to no scorer"
+            )
