@@ -91,7 +91,6 @@ def import_model(
             (directory / name).write_bytes(content)
         tokenizer = directory / "tokenizer.json"
         _check_tokenizer(source, tokenizer, config.model.vocab_size)
-        config.data.tokenizer = str(workdir.absolute() / _TOKENIZER / tokenizer.name)
         record = {
             "path": str(path.absolute()),
             "model_type": source.config["model_type"],

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 
 import jax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -15,6 +17,12 @@ from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import Params, define, stack_layers, unstack_layers
 from sparsek_jax.training.sharding import tree_shardings
 from sparsek_jax.training.workdir import load_config
+
+# Fields that may differ without a warning: attention to choose, and how things are computed.
+_FREE = {
+    *("attention", "kind", "pattern", "num_selected", "sliding_window", "gating"),
+    *("implementation", "remat", "scan_layers", "dtype"),
+}
 
 
 def initial_params(
@@ -29,7 +37,7 @@ def initial_params(
 
     Its layers may be stacked where those of the directory are not, and the other way round. Its
     attention may be another: scorers that the directory lacks stay as they are, and those without
-    use are dropped.
+    use are dropped. A warning names what else makes the decoder another function of its weights.
 
     Args:
       directory: Of the run or import.
@@ -55,6 +63,11 @@ def initial_params(
     }
     needed = _layers(params, config)
     _check(directory, _layers(abstract, source), needed)
+    changes = _changes("model", source, config) + _changes(
+        "attention", source.attention, config.attention
+    )
+    if changes:
+        logging.warning("not as in init_from=%r: %s", str(directory), ", ".join(changes))
     restored, step = restore_params(directory, abstract)
     if _stacking(source) == _stacking(config):
         return {name: restored.get(name, x) for name, x in params.items()}, step
@@ -67,6 +80,16 @@ def initial_params(
     # Under a jit, as the arrays may be spread over processes.
     shardings = {name: x.sharding for name, x in params.items()}
     return jax.jit(rearranged, out_shardings=shardings)(restored, scorers), step
+
+
+def _changes(section, source, config):
+    """Fields that differ, with the value that the weights were trained with in brackets."""
+    return [
+        f"{section}.{field.name}={new!r} ({old!r})"
+        for field in dataclasses.fields(config)
+        if field.name not in _FREE
+        and (new := getattr(config, field.name)) != (old := getattr(source, field.name))
+    ]
 
 
 def _layers(params, config):

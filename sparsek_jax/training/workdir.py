@@ -54,10 +54,12 @@ def save_import(
 
     Args:
       workdir: Its directory.
-      config: The configuration; `data.tokenizer` is where the tokenizer will lie.
-      tokenizer: The tokenizer.json where it lies now.
+      config: The configuration; `data.tokenizer` becomes that of the directory.
+      tokenizer: A tokenizer.json in the directory.
       source: What the model was before.
     """
+    # Relative, so that the directory can be moved.
+    config.data.tokenizer = str(tokenizer.relative_to(workdir))
     write_json(workdir / "config.json", json.loads(config.to_json()))
     record = {"imported": source, "tokenizer": tokenizer_fingerprint(str(tokenizer))}
     write_json(workdir / "run.json", record)
@@ -69,7 +71,7 @@ def imported_from(workdir: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-    """Reads the configuration that a run was last started or resumed with.
+    """Reads the configuration that a run was last started or resumed with, or that of an import.
 
     Raises:
       FileNotFoundError: The directory holds no run.
@@ -81,7 +83,11 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
             f"workdir={str(workdir)!r} holds no run (no config.json); train one first: "
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
-    return ml_collections.ConfigDict(_read_json(path))
+    config = ml_collections.ConfigDict(_read_json(path))
+    if imported_from(workdir) is not None:
+        # Beside the weights; a path that is absolute stays as it is.
+        config.data.tokenizer = str(Path(workdir).absolute() / config.data.tokenizer)
+    return config
 
 
 def corpus_directory(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Path:

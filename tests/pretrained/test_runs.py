@@ -15,6 +15,8 @@ from flax import nnx
 from configs import of_run, tiny_test
 from sparsek_jax.data.tokenizer import HuggingFaceTokenizer
 from sparsek_jax.evaluation.evaluate import evaluate
+from sparsek_jax.generation.engine import Engine
+from sparsek_jax.generation.loading import load_run
 from sparsek_jax.nn import Decoder
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.importing import import_model
@@ -116,7 +118,7 @@ def started(directory, config):
     return {name: np.asarray(x) for name, x in unstack_layers(params, config).items()}
 
 
-def test_only_scorers_may_be_lacking_where_training_starts(trained, directory):
+def test_only_scorers_may_be_lacking_where_training_starts(trained, directory, caplog):
     config = of_run.get_config(directory / "imported")
     config.attention.pattern = ("window", "sparsek")
     for scanned in (False, True):
@@ -125,6 +127,10 @@ def test_only_scorers_may_be_lacking_where_training_starts(trained, directory):
         new = {name for name, x in params.items() if (x == 7).all()}
         assert len(new) == 4
         assert all(".scorer." in name for name in new)
+    assert "not as in init_from" not in caplog.text
+    config.attention.rope_theta = 4e5
+    started(directory / "imported", config)
+    assert "imported': attention.rope_theta=400000.0 (10000.0)" in caplog.text
     for field, value, match in (
         ("num_layers", 6, r"has no parameter layers\.4\.attention.* of shape"),
         ("num_layers", 2, r"has a parameter layers\.2\.attention.*; expected none"),
@@ -180,13 +186,23 @@ def convert(*arguments):
     )
 
 
-def test_command_line(tmp_path):
+def test_an_imported_model_is_moved(tmp_path):
     origin = models.source(tmp_path, "llama3")
-    result = convert("import", f"--from={origin}", f"--workdir={tmp_path}/run", "--num_selected=4")
+    result = convert("import", f"--from={origin}", f"--workdir={tmp_path}/run", "--kind=window")
     assert result.returncode == 0, result.stderr
     assert "20 tensors" in result.stdout
-    assert "4 new ones" in result.stdout
-    assert of_run.get_config(tmp_path / "run").attention.num_selected == 4
+    assert "0 new ones" in result.stdout
+    shutil.rmtree(origin)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    config = of_run.get_config(moved)
+    assert config.attention.kind == "window"  # which compiles fast
+    assert config.data.tokenizer == str(moved / "tokenizer" / "tokenizer.json")
+    run = load_run(moved)
+    engine = Engine(run.model, run.tokenizer, chunk_sizes=(4, 4), block_size=4)
+    (completion,) = engine.generate(["w7 w3"], max_tokens=4)
+    assert completion.num_tokens > 0
+    export_model(moved, tmp_path / "exported")
+    assert (tmp_path / "exported" / "tokenizer.json").is_file()
 
 
 def test_mistakes_on_the_command_line():
