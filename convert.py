@@ -19,6 +19,7 @@ from sparsek_jax.pretrained.families import AttentionOptions
 from sparsek_jax.pretrained.huggingface import DTYPES
 from sparsek_jax.pretrained.importing import import_model
 from sparsek_jax.pretrained.inspecting import describe
+from sparsek_jax.pretrained.memory import unmap_freed_blocks
 from sparsek_jax.training.cli import run
 from sparsek_jax.training.config import ConfigError
 
@@ -45,6 +46,7 @@ _COMMANDS = {
 def main(command: str) -> None:
     """Runs a command and says what it did."""
     _check_flags(command)
+    unmap_freed_blocks()
     if command == "inspect":
         print("\n".join(describe(Path(_FROM.value))))
     elif command == "export":

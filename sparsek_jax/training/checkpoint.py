@@ -27,6 +27,9 @@ from sparsek_jax import nn
 from sparsek_jax.training.parameters import Params, define
 from sparsek_jax.training.workdir import write_json
 
+# Bytes. What is compressed is held until a file of it is full, whose size is large by default.
+_SAVED_PIECE = 2**22
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, or none can be trusted."""
@@ -188,9 +191,15 @@ def save_params(workdir: str | os.PathLike, params: Params) -> None:
     sizes = [x.nbytes for x in params.values()]
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=_gigabytes_in_flight(sizes))
     path = _step_directory(workdir, 0) / "params"
+    pieces = ocp.SaveArgs(chunk_byte_size=_SAVED_PIECE)
+    args = ocp.args.PyTreeSave(
+        params,
+        save_args=dict.fromkeys(params, pieces),
+        ocdbt_target_data_file_size=2 * _SAVED_PIECE,
+    )
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(path, ocp.args.PyTreeSave(params))
+            checkpointer.save(path, args)
     except Exception as error:  # Orbax and tensorstore raise many types.
         raise CheckpointError(f"the parameters cannot be written to {path}: {error}") from error
     _manifest(workdir, 0).parent.mkdir()
