@@ -94,9 +94,15 @@ def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Para
 
 
 def _context_length(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> int:
-    """Tokens that the model was imported with, or trained on in a row if they are more."""
-    origins = [imported_from(path) for path in (workdir, config.init_from) if path]
-    return max(config.data.seq_len, *(o["context_length"] for o in origins if o), 0)
+    """Tokens in a row that the weights have seen, in this run or where it started from."""
+    lengths = [config.data.seq_len]
+    origin = imported_from(workdir)
+    if origin:
+        lengths.append(origin["context_length"])
+    # What a run started from may be gone.
+    if config.init_from and (Path(config.init_from) / "config.json").is_file():
+        lengths.append(_context_length(config.init_from, load_config(config.init_from)))
+    return max(lengths)
 
 
 def _tokenizer_files(

@@ -7,6 +7,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jaxtyping import Float
 
 from sparsek_jax.pretrained.gguf_tokenizer import tokenizer_files
 from sparsek_jax.pretrained.source import ConversionError, Source, StoredTensor, reading
@@ -88,7 +89,7 @@ def _reader(path: Path, tensor: gguf.ReaderTensor, num_heads: int | None, pages:
     return read
 
 
-def _half_split(array: np.ndarray, num_heads: int) -> np.ndarray:
+def _half_split(array: Float[np.ndarray, "NH ..."], num_heads: int) -> Float[np.ndarray, "NH ..."]:
     """Channels of every head from (0, half, 1, half + 1, ...) to (0, 1, ...)."""
     pairs = array.reshape(num_heads, -1, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sparsek_jax.training.config import ConfigError
 
@@ -29,7 +30,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Float[np.ndarray, "..."]]
 
 
 @dataclasses.dataclass(frozen=True)

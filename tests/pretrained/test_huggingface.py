@@ -1,6 +1,7 @@
 """Fixtures of every family, in and out again."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_export_in_the_dtype_of_the_import_gives_its_bits(tmp_path):
         np.testing.assert_array_equal(before[name], after[name])
     config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
+    assert config["max_position_embeddings"] == 64
+
+
+def test_an_export_has_the_context_of_what_its_run_started_from(tmp_path):
+    import_model(models.source(tmp_path, "llama3"), tmp_path / "run0")
+    for i in (1, 2):
+        # As if trained on short rows, from the one before.
+        workdir = shutil.copytree(tmp_path / f"run{i - 1}", tmp_path / f"run{i}")
+        config = load_config(tmp_path / f"run{i - 1}")
+        config.init_from, config.data.seq_len = str(tmp_path / f"run{i - 1}"), 16
+        (workdir / "config.json").write_text(config.to_json())
+        (workdir / "run.json").unlink(missing_ok=True)
+    export_model(tmp_path / "run2", tmp_path / "exported")
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
     assert config["max_position_embeddings"] == 64
 
 
