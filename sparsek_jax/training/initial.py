@@ -68,7 +68,11 @@ def initial_params(
     )
     if changes:
         logging.warning("not as in init_from=%r: %s", str(directory), ", ".join(changes))
-    restored, step = restore_params(directory, abstract)
+    try:
+        restored, step = restore_params(directory, abstract)
+    except ValueError as error:
+        # Its config.json was changed by hand.
+        raise ConfigError(f"init_from={str(directory)!r}: {error}") from error
     if _stacking(source) == _stacking(config):
         return {name: restored.get(name, x) for name, x in params.items()}, step
     scorers = {name: x for name, x in params.items() if _is_scorer(name)}

@@ -141,6 +141,10 @@ def test_only_scorers_may_be_lacking_where_training_starts(trained, directory, c
         other.model[field] = value
         with pytest.raises(ConfigError, match=match):
             started(directory / "imported", other)
+    edited = shutil.copytree(directory / "imported", directory / "edited")
+    (edited / "config.json").write_text(config.to_json())
+    with pytest.raises(ConfigError, match=r"edited': parameter layers\.0\..* has shape"):
+        started(edited, config)
 
 
 def test_layers_are_stacked_and_taken_apart_where_training_starts(trained, directory):
