@@ -1,5 +1,6 @@
 """Runs what README and docs show: Python blocks as they are, the README's commands made smaller."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -89,6 +90,13 @@ def test_programs_run_in_the_order_shown(tmp_path):
     texts.mkdir(parents=True)
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"Document {i}: the quick brown fox. " * 20)
+    # What several programs need is compiled once.
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/compiled",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     for words in PROGRAMS:
         program = words[2] if words[1] == "-m" else words[1]
         arguments = [
@@ -102,6 +110,7 @@ def test_programs_run_in_the_order_shown(tmp_path):
         finished = subprocess.run(
             [sys.executable, *arguments, *SMALLER[program]],
             cwd=REPOSITORY,
+            env=environment,
             capture_output=True,
             text=True,
         )
