@@ -59,21 +59,33 @@ def attention(query, key, value, scores, *, k, window, gating, segment_ids=None)
     Which keys are selected and which gates are interior comes from numpy, query by query. Given
     these, a gate is an explicit function of the scores.
     """
-    batch, length, num_heads, head_dim = query.shape
+    batch, length = query.shape[:2]
     num_kv_heads = key.shape[2]
-    gates, attended = [], []
+    scores = jnp.broadcast_to(scores, (batch, length, num_kv_heads))
+    plain = np.asarray(jax.lax.stop_gradient(scores))
+    rows = []
     for b in range(batch):
         ids = None if segment_ids is None else np.asarray(segment_ids[b])
         starts = document_starts(ids, length)
-        for h in range(num_kv_heads):
-            u = scores[b, :, min(h, scores.shape[2] - 1)]
-            gate, mask = _gates(u, starts, k, window)
-            gates.append(gate)
-            attended.append(mask)
-    shape = (batch, num_kv_heads, 1, length, length)
-    gate, attended = jnp.stack(gates).reshape(shape), np.stack(attended).reshape(shape)
-    if gating == "straight_through":
-        gate = gate + jax.lax.stop_gradient(1.0 - gate)
+        rows += [_selection(plain[b, :, h], starts, k, window) for h in range(num_kv_heads)]
+    selection = [
+        np.stack(x).reshape(batch, num_kv_heads, *x[0].shape) for x in zip(*rows, strict=True)
+    ]
+    return _attend(query, key, value, scores, *selection, gating == "straight_through")
+
+
+# Operation by operation, a shape would take twice as long to compile, and every call to dispatch.
+@jax.jit
+def _attend(query, key, value, scores, attended, ones, interior, constant, straight_through):
+    batch, length, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    u = jnp.swapaxes(scores, 1, 2)
+    count = jnp.maximum(interior.sum(-1), 1)
+    threshold = (jnp.einsum("bkts,bks->bkt", interior.astype(u.dtype), u) + constant) / count
+    gate = jnp.where(interior, u[:, :, None] - threshold[..., None], 1.0 * ones)
+    hard = gate + jax.lax.stop_gradient(1.0 - gate)
+    gate = jnp.where(straight_through, hard, gate)[:, :, None]
+    attended = attended[:, :, None]
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key) / np.sqrt(head_dim)
     weights = jax.nn.softmax(jnp.where(attended, logits * gate, -jnp.inf), axis=-1)
@@ -81,24 +93,23 @@ def attention(query, key, value, scores, *, k, window, gating, segment_ids=None)
     return out.reshape(query.shape)
 
 
-def _gates(u, starts, k, window):
-    """Gates and mask `[T, T]` of one row with scores u; gates are meaningless outside the mask."""
-    plain = np.asarray(jax.lax.stop_gradient(u))
-    length = len(plain)
+def _selection(u, starts, k, window):
+    """Of one row with scores u, `[T, T]`: keys attended to, gates of one, interior gates.
+
+    And `[T]`, how many gates are one, less k. Gates are meaningless outside the mask.
+    """
+    length = len(u)
     mask, ones, interior = np.zeros((3, length, length), bool)
     constant = np.zeros(length)
     for t in range(length):
         mask[t, max(starts[t], t - window + 1) : t + 1] = True
         ones[t] = mask[t]
         positions = pool(t, starts[t], window)
-        chosen = selected(plain, positions, k)
-        mask[t, chosen] = True
-        gates = plain[positions] - tau(plain[positions], k)
+        mask[t, selected(u, positions, k)] = True
+        gates = u[positions] - tau(u[positions], k)
         # A gate at a corner of the projection, up to rounding, has the gradient of its clip: none.
         inner = (gates > 1e-9) & (gates < 1 - 1e-9)
         interior[t, positions[inner]] = True
         ones[t, positions[gates >= 1 - 1e-9]] = True
         constant[t] = np.sum(gates >= 1 - 1e-9) - k
-    count = np.maximum(interior.sum(1), 1)
-    threshold = (interior @ u + constant) / count
-    return jnp.where(interior, u - threshold[:, None], 1.0 * ones), mask
+    return mask, ones, interior, constant

@@ -114,12 +114,12 @@ def run(query, key, value, scores, d_out, segment_ids, *, case, gating, implemen
 def run_oracle(case, gating, dtype):
     *arrays, d_out, segment_ids = make_inputs(case, dtype)
     with jax.enable_x64(True):
-        arrays = [jnp.asarray(np.asarray(x), jnp.float64) for x in arrays]
+        *arrays, d_out = (jnp.asarray(np.asarray(x), jnp.float64) for x in (*arrays, d_out))
         attend = functools.partial(
             oracle.attention, k=case.k, window=case.window, gating=gating, segment_ids=segment_ids
         )
         out, vjp = jax.vjp(attend, *arrays)
-        return [np.asarray(x) for x in (out, *vjp(jnp.asarray(np.asarray(d_out), jnp.float64)))]
+        return [np.asarray(x) for x in (out, *vjp(d_out))]
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), GRID)
@@ -191,15 +191,21 @@ def test_scores_computed_in_the_same_jit(length, packed, implementation):
     case = Case(2, 1, 16, length, 6, 5)
     dtype = dtype_of(implementation)
     query, key, value, x, d_out, segment_ids = make_inputs(case, dtype)
-    settings = {"num_selected": case.k, "sliding_window": case.window}
-    settings["segment_ids"] = segment_ids if packed else None
+    segment_ids = segment_ids if packed else None
 
     @jax.jit
     def together(query, key, value, x):
         def attend(query, key, value, x):
             scores = 1.3 * x + 1e-6 * jnp.arange(length, dtype=jnp.float32)[:, None]
             out = sparsek_attention(
-                query, key, value, scores, implementation=implementation, **settings
+                query,
+                key,
+                value,
+                scores,
+                num_selected=case.k,
+                sliding_window=case.window,
+                segment_ids=segment_ids,
+                implementation=implementation,
             )
             return out, scores
 
@@ -207,10 +213,11 @@ def test_scores_computed_in_the_same_jit(length, packed, implementation):
         return (out, *vjp(d_out)), scores
 
     (*actual, d_x), scores = together(query, key, value, x)
-    arrays = (*(x.astype(jnp.float32) for x in (query, key, value)), scores)
-    attend = functools.partial(sparsek_attention, implementation="reference", **settings)
-    out, vjp = jax.jit(functools.partial(jax.vjp, attend))(*arrays)
-    found = errors([*actual, d_x / 1.3], [out, *vjp(d_out.astype(jnp.float32))])
+    query, key, value, d_out = (x.astype(jnp.float32) for x in (query, key, value, d_out))
+    inputs = (query, key, value, scores, d_out, segment_ids)
+    # Compiled once for all implementations.
+    expected = run(*inputs, case=case, gating="soft", implementation="reference")
+    found = errors([*actual, d_x / 1.3], expected)
     assert max(found.values()) <= TOLERANCE[dtype], found
 
 
