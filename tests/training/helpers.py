@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 _COMPILED = Path(tempfile.gettempdir()) / f"sparsek_jax_compiled_{os.getuid()}"
 
 
-def write_corpus(directory, documents=12):
+def write_corpus(directory):
     """Text files with some structure to learn."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
-    for i in range(documents):
+    for i in range(12):
         words = rng.integers(0, 50, 400)
         (directory / f"{i}.txt").write_text(" ".join(f"w{word}" for word in words))
     return directory

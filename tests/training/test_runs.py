@@ -104,11 +104,10 @@ def test_signal_saves_and_exits_cleanly(number, straight, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip a bit"])
-def test_damaged_newest_checkpoint_falls_back(damage, corpus, tmp_path):
-    arguments = ("train.checkpoint_every=2", "train.steps=6", "optimizer.warmup_steps=2")
-    assert run(tmp_path, corpus, *arguments).returncode == 0
-    before = losses(tmp_path)
-    files = [p for p in (tmp_path / "checkpoints" / "6").rglob("*") if p.is_file()]
+def test_damaged_newest_checkpoint_falls_back(damage, straight, corpus, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight[0], workdir)
+    files = [p for p in (workdir / "checkpoints" / "12").rglob("*") if p.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     if damage == "truncate":
@@ -116,14 +115,14 @@ def test_damaged_newest_checkpoint_falls_back(damage, corpus, tmp_path):
     else:
         data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    assert weights(tmp_path)[1] == 4
-    result = run(tmp_path, corpus, *arguments)
+    assert weights(workdir)[1] == 8
+    result = run(workdir, corpus, "train.checkpoint_every=4", "train.eval_every=6")
     assert result.returncode == 0, result.stderr
-    assert "the checkpoint of step 6" in result.stderr
-    assert "resuming from step 4" in result.stdout
-    assert losses(tmp_path) == before
-    assert weights(tmp_path)[1] == 6
-    assert (tmp_path / "corrupt" / "6").is_dir()
+    assert "the checkpoint of step 12" in result.stderr
+    assert "resuming from step 8" in result.stdout
+    assert losses(workdir) == losses(straight[0])
+    assert weights(workdir)[1] == 12
+    assert (workdir / "corrupt" / "12").is_dir()
 
 
 def test_meshes_agree_and_checkpoints_move_between_them(corpus, tmp_path):
@@ -288,12 +287,13 @@ def test_a_signal_that_comes_while_processes_agree_waits_for_the_next_time(monke
     assert [stop(step) for step in (2, 3, 4)] == [False, False, True]
 
 
-def test_a_run_whose_text_has_changed_is_refused(tmp_path):
-    corpus = write_corpus(tmp_path / "text")
-    arguments = ("train.steps=1", "optimizer.warmup_steps=0")
-    assert run(tmp_path / "run", corpus, *arguments).returncode == 0
-    write_corpus(corpus, documents=13)
-    result = run(tmp_path / "run", corpus, *arguments)
+def test_a_run_whose_text_has_changed_is_refused(straight, corpus):
+    extra = corpus / "another.txt"
+    extra.write_text("one more document")
+    try:
+        result = run(straight[0], corpus, "train.checkpoint_every=4", "train.eval_every=6")
+    finally:
+        extra.unlink()
     assert result.returncode == 2
     assert "files were changed, added or removed" in result.stderr
 
