@@ -19,6 +19,9 @@ def get_config(workdir: str) -> ml_collections.ConfigDict:
     """Returns the configuration, with defaults for fields that came later."""
     config = default_config()
     saved = json.loads(load_config(workdir).to_json())
-    saved["attention"]["pattern"] = tuple(saved["attention"]["pattern"])
+    for section in filter(lambda value: isinstance(value, dict), saved.values()):
+        # JSON has no tuples.
+        lists = {name: tuple(x) for name, x in section.items() if isinstance(x, list)}
+        section.update(lists)
     config.update(saved)
     return config

@@ -94,24 +94,22 @@ def evaluate(
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    devices = math.gcd(config.eval.batch_size, jax.local_device_count())
-    mesh = jax.make_mesh(
-        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
-    )
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    rows = row_sharding(config.eval.batch_size)
     graphdef, params = nnx.split(model)
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    params = jax.device_put(params, NamedSharding(rows.mesh, PartitionSpec()))
     measure = jax.jit(
         functools.partial(
             _measure,
             graphdef,
             packing=config.data.packing,
             rows=rows,
-            loss_chunk=max(1, config.train.loss_chunk * devices // config.eval.batch_size),
+            loss_chunk=max(1, config.train.loss_chunk * rows.num_devices // config.eval.batch_size),
         )
     )
 
-    edges = bucket_edges(config.data.seq_len, config.eval.position_buckets)
+    edges = bucket_edges(
+        config.data.seq_len, config.eval.position_buckets, config.eval.position_edges
+    )
     loss = LossTally(corpus.tokenizer.byte_lengths, edges, len(corpus.validation))
     gates = GateTally(model_config.attention)
     count = min(len(batches), config.eval.batches or len(batches))
@@ -137,6 +135,15 @@ def evaluate(
         loss=loss.result(corpus.splits["validation"].num_bytes if count == len(batches) else None),
         gates=gates.result(),
     )
+
+
+def row_sharding(batch_size: int) -> NamedSharding:
+    """Rows of a batch over as many local devices as divide their number."""
+    devices = math.gcd(batch_size, jax.local_device_count())
+    mesh = jax.make_mesh(
+        (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:devices]
+    )
+    return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def _open_corpus(settings: Settings, saved: ml_collections.ConfigDict) -> Corpus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Float64, Int
@@ -59,13 +59,19 @@ class HeldOutLoss:
     buckets: tuple[Bucket, ...]
 
 
-def bucket_edges(seq_len: int, num_buckets: int) -> Int[np.ndarray, " n"]:
-    """Returns edges 0 < ... < seq_len of at most `num_buckets` buckets, each double the last.
+def bucket_edges(
+    seq_len: int, num_buckets: int, inner: Sequence[int] = ()
+) -> Int[np.ndarray, " n"]:
+    """Returns the edges 0 < ... < seq_len of buckets of context.
 
-    The upper half of all contexts is the last bucket, the upper half of the rest the one before.
+    Args:
+      seq_len: Every context is below it.
+      num_buckets: Most buckets, each double the last: the upper half of all contexts, the upper
+        half of the rest, and so on.
+      inner: Edges to use instead of these; those that are not below `seq_len` are left out.
     """
-    edges = {0, *(math.ceil(seq_len / 2**i) for i in range(num_buckets))}
-    return np.array(sorted(edges))
+    inner = inner or [math.ceil(seq_len / 2**i) for i in range(num_buckets)]
+    return np.array(sorted({0, *(edge for edge in inner if edge < seq_len), seq_len}))
 
 
 class LossTally:

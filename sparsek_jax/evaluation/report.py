@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
     loss = evaluation.loss
     console.print(
         f"\n[bold]{escape(str(evaluation.workdir))}[/], step {evaluation.step:,}, attention "
-        f"[bold]{escape(_describe(evaluation.attention))}[/]"
+        f"[bold]{escape(describe_attention(evaluation.attention))}[/]"
     )
     console.print(f"text: {escape(evaluation.corpus)}")
     console.print(
@@ -104,20 +106,25 @@ def write_report(evaluation: Evaluation) -> tuple[Path, Path]:
     json_path = directory / f"{evaluation.label}.json"
     png_path = directory / f"{evaluation.label}.png"
     write_json(json_path, to_json(evaluation))
-    temporary = directory / f".{evaluation.label}.{os.getpid()}.png"
-    plot(evaluation, temporary)
-    os.replace(temporary, png_path)
+    write_picture(png_path, functools.partial(plot, evaluation))
     return json_path, png_path
+
+
+def write_picture(path: Path, draw: Callable[[Path], None]) -> None:
+    """Writes a PNG atomically; `draw` draws it where it is told."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    draw(temporary)
+    os.replace(temporary, path)
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
     """Returns the evaluation in JSON's types; what is not a finite number is None."""
-    return _jsonable(
+    return jsonable(
         {
             "workdir": str(evaluation.workdir),
             "step": evaluation.step,
             "label": evaluation.label,
-            "attention": _describe(evaluation.attention),
+            "attention": describe_attention(evaluation.attention),
             "notes": evaluation.notes,
             "corpus": evaluation.corpus,
             "loss": dataclasses.asdict(evaluation.loss),
@@ -146,7 +153,8 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         ax.title.set_fontsize(10)
     loss = evaluation.loss
     figure.suptitle(
-        f"{evaluation.workdir.name}, step {evaluation.step:,}, {_describe(evaluation.attention)}: "
+        f"{evaluation.workdir.name}, step {evaluation.step:,}, "
+        f"{describe_attention(evaluation.attention)}: "
         f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte",
         fontsize=11,
     )
@@ -207,7 +215,8 @@ def _plot_heads(ax, gates: list[LayerGates], name: str, label: str, marker: str)
     ax.set_xticks(layers if len(layers) <= 16 else layers[:: len(layers) // 8])
 
 
-def _describe(attention: AttentionConfig) -> str:
+def describe_attention(attention: AttentionConfig) -> str:
+    """Kinds of layers, and the sizes that matter to them."""
     kinds = attention.pattern or (attention.kind,)
     parts = ["+".join(kinds)]
     if "sparsek" in kinds:
@@ -239,13 +248,14 @@ def _number(value: float, spec: str) -> str:
     return format(value, spec) if math.isfinite(value) else "-"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """The value in JSON's types; what is not a finite number is None."""
     if isinstance(value, dict):
-        return {str(name): _jsonable(child) for name, child in value.items()}
+        return {str(name): jsonable(child) for name, child in value.items()}
     if isinstance(value, np.ndarray):
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, list | tuple):
-        return [_jsonable(child) for child in value]
+        return [jsonable(child) for child in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from sparsek_jax.training.config import ConfigError
+from sparsek_jax.training.config import ConfigError, validate_eval_config
 
 # Attention that the same weights can be run with.
 _FREE_ATTENTION = (
@@ -48,6 +48,11 @@ class Settings:
     def new_corpus(self) -> bool:
         """Whether the text, its tokens or its split into documents held out are not the run's."""
         return any(f"data.{name}" in self.changes for name in _CORPUS)
+
+    def without_data(self) -> Settings:
+        """The same for an evaluation that reads no text: what `data` changes does not matter."""
+        changes = {f: c for f, c in self.changes.items() if not f.startswith("data.")}
+        return dataclasses.replace(self, changes=changes)
 
     def label(self, corpus_name: str) -> str:
         """File name that differs between evaluations of one run that can differ in their result.
@@ -144,9 +149,7 @@ def evaluation_settings(
         parent, _, name = field.rpartition(".")
         section = result[parent] if parent else result
         section[name] = tuple(value) if isinstance(value, list) else value
-    for field, least in (("batch_size", 1), ("batches", 0), ("position_buckets", 1)):
-        if not result.eval[field] >= least:
-            raise ConfigError(f"eval.{field}={result.eval[field]!r}; expected at least {least}")
+    validate_eval_config(result.eval)
     return Settings(result, changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -106,7 +107,15 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval = ml_collections.ConfigDict()
     config.eval.batch_size = 8
     config.eval.batches = 0  # 0: the whole validation split
-    config.eval.position_buckets = 8
+    config.eval.position_buckets = 8  # of context, each double the last
+    # Edges between buckets instead of these, such as (2048, 4096, 6144).
+    config.eval.position_edges = ()
+    # Of eval.py --tasks: tokens of the prompts, how far into them the answer stands (0 to 1),
+    # examples for each pair of these, and the seed of all examples.
+    config.eval.task_lengths = (512, 1024, 2048)
+    config.eval.task_depths = (0.0, 0.25, 0.5, 0.75, 1.0)
+    config.eval.task_samples = 8
+    config.eval.task_seed = 0
     # A recipe that mistypes a field fails instead of adding one.
     config.lock()
     return config
@@ -205,11 +214,10 @@ def validate_config(
     for field in ("steps", "batch_size", "loss_chunk", "log_every", "checkpoint_every", "keep"):
         _at_least(config, f"train.{field}", 1)
     _at_least(config, "train.max_bad_steps", 1)
-    for field in ("train.eval_every", "train.eval_batches", "sample.length", "eval.batches"):
+    for field in ("train.eval_every", "train.eval_batches", "sample.length"):
         _at_least(config, field, 0)
     _at_least(config, "sample.temperature", 0)
-    _at_least(config, "eval.batch_size", 1)
-    _at_least(config, "eval.position_buckets", 1)
+    validate_eval_config(config.eval)
     if config.optimizer.warmup_steps >= config.train.steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}; expected fewer than "
@@ -241,6 +249,29 @@ def validate_config(
             f"model.d_model={config.model.d_model}; expected a multiple of "
             f"mesh.fsdp={shape['fsdp']}"
         )
+
+
+def validate_eval_config(config: ml_collections.ConfigDict) -> None:
+    """Checks the section `eval`.
+
+    Raises:
+      ConfigError: A field is impossible; the message names it.
+    """
+    least = {"batch_size": 1, "batches": 0, "position_buckets": 1}
+    least |= {"task_samples": 1, "task_seed": 0}
+    for field, minimum in least.items():
+        if not config[field] >= minimum:
+            raise ConfigError(f"eval.{field}={config[field]!r}; expected at least {minimum}")
+    edges, lengths, depths = config.position_edges, config.task_lengths, config.task_depths
+    whole = all(isinstance(n, int) and n >= 1 for n in edges)
+    if not whole or any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ConfigError(
+            f"eval.position_edges={edges!r}; expected ascending integers above 0, or ()"
+        )
+    if not lengths or not all(isinstance(n, int) and n >= 1 for n in lengths):
+        raise ConfigError(f"eval.task_lengths={lengths!r}; expected integers above 0")
+    if not depths or not all(isinstance(x, int | float) and 0 <= x <= 1 for x in depths):
+        raise ConfigError(f"eval.task_depths={depths!r}; expected numbers from 0 to 1")
 
 
 def _get(config: ml_collections.ConfigDict, field: str) -> Any:

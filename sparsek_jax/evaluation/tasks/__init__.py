@@ -1,0 +1,26 @@
+"""Tasks with right answers, for any run or imported model; a module each, listed in `TASKS`."""
+
+import difflib
+from collections.abc import Sequence
+
+from sparsek_jax.evaluation.tasks.key_value import KeyValue
+from sparsek_jax.evaluation.tasks.passkey import Passkey
+from sparsek_jax.evaluation.tasks.task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (Passkey(), KeyValue())}
+
+
+def find_tasks(names: Sequence[str]) -> tuple[Task, ...]:
+    """Returns the tasks of these names, each once.
+
+    Raises:
+      ValueError: There are no names, or one is of no task.
+    """
+    if not names:
+        raise ValueError(f"tasks={list(names)!r}; expected some of {', '.join(TASKS)}")
+    for name in names:
+        if name not in TASKS:
+            nearest = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"tasks has {name!r}; expected some of {', '.join(TASKS)}{hint}")
+    return tuple(TASKS[name] for name in dict.fromkeys(names))

@@ -1,0 +1,102 @@
+"""What a task is, and what generators of prompts share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparsek_jax.data import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A question with one right answer.
+
+    Attributes:
+      prompt: What the model reads, from bos on, `[P]`.
+      answer: The tokens that must follow, `[A]`, at least one.
+    """
+
+    prompt: Int32[np.ndarray, " P"]
+    answer: Int32[np.ndarray, " A"]
+
+
+class Task(Protocol):
+    """A generator of questions, of any length, about something at any depth.
+
+    Attributes:
+      name: In `TASKS`, and of the files of results.
+    """
+
+    @property
+    def name(self) -> str:
+        """See the class."""
+
+    def make(
+        self, tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Generator
+    ) -> Example:
+        """Makes an example; the same one from a generator in the same state.
+
+        Args:
+          tokenizer: The model's.
+          length: Most tokens of the prompt, bos included. As many as whole units of filler allow
+            are used.
+          depth: Share of the filler that stands before what is asked for, from 0 to 1.
+          rng: The only source of randomness. What is drawn does not depend on `depth`, so that
+            examples of the same seed differ in nothing else.
+
+        Raises:
+          ValueError: `length` is too short for this task.
+        """
+
+
+def most_units(num_tokens: Callable[[int], int], length: int) -> int:
+    """Returns the largest number of filler units, at least 1, with which a prompt still fits.
+
+    Args:
+      num_tokens: Tokens of the prompt by number of units, rising.
+      length: Most tokens allowed.
+
+    Raises:
+      ValueError: One unit is too much.
+    """
+    low, below = 1, num_tokens(1)
+    if below > length:
+        raise ValueError(f"length={length}; expected at least {below} tokens")
+    high = 2
+    while (above := num_tokens(high)) <= length:
+        low, below, high = high, above, 2 * high
+    while high - low > 1:
+        # Units are nearly alike, so a few interpolations do; each tokenizes a whole prompt.
+        guess = low + (high - low) * (length - below) // (above - below)
+        middle = min(max(guess, low + 1), high - 1)
+        tokens = num_tokens(middle)
+        if tokens <= length:
+            low, below = middle, tokens
+        else:
+            high, above = middle, tokens
+    return low
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> int:
+    """Number of tokens of a prompt, with bos."""
+    return 1 + len(tokenizer.encode(prompt))
+
+
+def encode_example(tokenizer: Tokenizer, prompt: str, answer: str) -> Example:
+    """Tokenizes a prompt and its answer as the one text that they are.
+
+    Tokenized by itself an answer could get tokens that no model has seen there. A token across the
+    border belongs to the answer.
+    """
+    alone = tokenizer.encode(prompt)
+    together = tokenizer.encode(prompt + answer)
+    size = min(len(alone), len(together))
+    differ = np.flatnonzero(alone[:size] != together[:size])
+    border = int(differ[0]) if differ.size else size
+    bos = np.array([tokenizer.bos_id], np.int32)
+    return Example(np.concatenate([bos, together[:border]]), together[border:])
