@@ -20,6 +20,12 @@ def test_buckets_double_up_to_the_row(seq_len, num_buckets, edges):
     assert bucket_edges(seq_len, num_buckets).tolist() == edges
 
 
+def test_edges_that_are_asked_for():
+    edges = range(2048, 18000, 2048)
+    assert bucket_edges(16384, 8, tuple(edges)).tolist() == [0, *range(2048, 16385, 2048)]
+    assert bucket_edges(5000, 8, tuple(edges)).tolist() == [0, 2048, 4096, 5000]
+
+
 def batch(*documents, row=8):
     """One row a document: `documents` are lists of targets."""
     shape = (len(documents), row)

@@ -52,6 +52,9 @@ from sparsek_jax.training.config import ConfigError, default_config, mesh_shape,
         ("sample.temperature", -1.0),
         ("eval.batch_size", 0),
         ("eval.position_buckets", 0),
+        ("eval.position_edges", (8, 4)),
+        ("eval.task_lengths", (0,)),
+        ("eval.task_depths", (2.0,)),
     ],
 )
 def test_impossible_values_are_named(field, value):

@@ -1,9 +1,10 @@
 """Exact match of answers, and their nats, in one forward pass.
 
 A model that is shown the right answer and finds each of its tokens the likeliest after those before
-would have written just that answer by itself, greedily; up to its first other token, greedy decoding
-sees the same context. So exact match under greedy decoding needs no decoding (up to the rounding
-in which decoding differs from a forward pass). What would follow the answer does not count.
+would have written just that answer by itself, greedily: up to its first other token, greedy
+decoding sees the same context. So exact match under greedy decoding needs no decoding (up to the
+rounding in which decoding differs from a forward pass). What would follow the answer does not
+count.
 """
 
 from __future__ import annotations
