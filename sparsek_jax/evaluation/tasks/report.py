@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from sparsek_jax.evaluation.report import describe_attention, jsonable, write_pi
 from sparsek_jax.evaluation.tasks.evaluate import TaskEvaluation
 from sparsek_jax.training.workdir import write_json
 
+# What guessing a digit costs. Colours of nats reach at least to here, so that a good model does not
+# look like a bad one.
+_GUESSED_NATS = math.log(10)
+
 
 def print_task(evaluation: TaskEvaluation, console: Console | None = None) -> None:
     """Prints length by depth for people."""
@@ -28,11 +33,12 @@ def print_task(evaluation: TaskEvaluation, console: Console | None = None) -> No
     )
     for note in evaluation.notes:
         console.print(f"[yellow]note:[/] {escape(note)}")
-    table = Table(
-        title=f"{evaluation.task}: answered exactly, of {evaluation.cells[0].samples} "
-        "(nats per token of the answer)",
-        title_justify="left",
+    # A title would be broken to the width of the table, which may be one column.
+    console.print(
+        f"{evaluation.task}: answered exactly, of {evaluation.cells[0].samples} a cell "
+        "(nats per token of the answer)"
     )
+    table = Table()
     lengths, depths = _axes(evaluation)
     table.add_column("depth", justify="right")
     for length in lengths:
@@ -81,9 +87,10 @@ def plot_task(evaluation: TaskEvaluation, path: Path) -> None:
     lengths, depths = _axes(evaluation)
     width, height = max(2.4, 0.8 * len(lengths)), max(2.0, 0.5 * len(depths))
     figure = Figure(figsize=(2 * width + 3.2, height + 1.7), dpi=150, layout="constrained")
+    worst = max(_GUESSED_NATS, *(cell.nats_per_token for cell in evaluation.cells))
     panels = (
-        ("accuracy", "answered exactly", "RdYlGn", 1.0, "{:.0%}"),
-        ("nats_per_token", "nats per token of the answer", "viridis_r", None, "{:.2f}"),
+        ("accuracy", "answered exactly", "viridis", 1.0, "{:.0%}"),
+        ("nats_per_token", "nats per token of the answer", "viridis_r", worst, "{:.2f}"),
     )
     for ax, panel in zip(figure.subplots(1, 2), panels, strict=True):
         _heat_map(figure, ax, evaluation, *panel)
@@ -98,7 +105,6 @@ def plot_task(evaluation: TaskEvaluation, path: Path) -> None:
 def _heat_map(figure, ax, evaluation, field, title, colours, top, style) -> None:
     lengths, depths = _axes(evaluation)
     values = _by_depth(evaluation, field)
-    # Nats always start at 0, so that pictures of models can be compared.
     image = ax.imshow(values, cmap=colours, vmin=0, vmax=top, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
         red, green, blue, _ = image.cmap(image.norm(value))
