@@ -69,7 +69,9 @@ def test_same_weights_with_dense_attention(run):
 def test_fewer_batches_and_another_batch_size(run):
     config = run.config.copy_and_resolve_references()
     config.eval.batch_size = 3
+    config.eval.position_edges = (5, 20, 64)
     evaluation = evaluate(config, run.workdir)
+    assert [(b.start, b.stop) for b in evaluation.loss.buckets] == [(0, 5), (5, 20), (20, 32)]
     whole = evaluate(run.config, run.workdir)
     assert evaluation.loss.nats_per_token == pytest.approx(whole.loss.nats_per_token, rel=1e-6)
     config.eval.batches = 1
