@@ -219,9 +219,9 @@ def describe_attention(attention: AttentionConfig) -> str:
     """Kinds of layers, and the sizes that matter to them."""
     kinds = attention.pattern or (attention.kind,)
     parts = ["+".join(kinds)]
-    if "sparsek" in kinds:
+    if set(kinds) - {"dense", "window"}:
         parts.append(f"k={attention.num_selected}")
-    if {"sparsek", "window"}.intersection(kinds):
+    if set(kinds) - {"dense"}:
         parts.append(f"w={attention.sliding_window}")
     if "sparsek" in kinds and attention.gating != "soft":
         parts.append(attention.gating)

@@ -1,6 +1,13 @@
-"""Flax (NNX) layers: scoring network, attention of three kinds and a decoder."""
+"""Flax (NNX) layers: scoring network, attention of several kinds and a decoder."""
 
-from sparsek_jax.nn.attention import DenseAttention, SparseKAttention, WindowAttention
+from sparsek_jax.nn.alternatives import (
+    DenseAttention,
+    KeyNormAttention,
+    RandomAttention,
+    SinkAttention,
+    WindowAttention,
+)
+from sparsek_jax.nn.attention import SparseKAttention
 from sparsek_jax.nn.cache import DecoderCache
 from sparsek_jax.nn.config import AttentionConfig, DecoderConfig
 from sparsek_jax.nn.decoder import Decoder
@@ -12,7 +19,10 @@ __all__ = [
     "DecoderCache",
     "DecoderConfig",
     "DenseAttention",
+    "KeyNormAttention",
+    "RandomAttention",
     "ScoringNetwork",
+    "SinkAttention",
     "SparseKAttention",
     "WindowAttention",
 ]

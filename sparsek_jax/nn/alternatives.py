@@ -1,194 +1,167 @@
-"""What SparseK is compared with: dense and sliding-window attention, causal, within documents.
+"""What SparseK is compared with: layers of the same parameters without its scoring network.
 
-Both are `jax.nn.dot_product_attention`: cuDNN's where the computation is lowered for CUDA and cuDNN
-takes its dtype and head size, XLA's elsewhere. cuDNN's own masks do not know packed documents and
-XLA's logits are quadratic, so packed rows, and XLA, take one chunk of queries at a time with an
-explicit mask: memory linear in T.
+Dense attention and a sliding window say what selection could gain at most and has to gain at least.
+The others select, with SparseK's operator and cache, by scores that nobody has to learn: a scorer
+is worth what it is better than these.
 """
-
-import functools
-from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.ops.selection import document_bounds
-
-Backend = Literal["cudnn", "xla"]
-
-# XLA writes the logits of all heads of a chunk, cuDNN reads one mask for all heads.
-_DENSE_CHUNK: dict[Backend, int] = {"cudnn": 1024, "xla": 256}
-_WINDOW_CHUNK = 128
-
-
-def dense_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    *,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Causal attention over the whole document; shapes and dtypes as `sparsek_attention`."""
-    start, _ = document_bounds(segment_ids, *query.shape[:2])
-    packed = segment_ids is not None
-    return _by_platform(
-        functools.partial(_dense_chunks, "cudnn") if packed else functools.partial(_fused, None),
-        functools.partial(_dense_chunks, "xla"),
-        query,
-        key,
-        value,
-        start,
-    )
+from sparsek_jax.nn.attention import Attention, SelectiveAttention, SparseKAttention
+from sparsek_jax.nn.cache import (
+    DenseCache,
+    ScoredCache,
+    WindowCache,
+    extend_dense_cache,
+    extend_window_cache,
+    init_dense_cache,
+    init_window_cache,
+)
+from sparsek_jax.nn.causal import dense_attention, window_attention
+from sparsek_jax.nn.rotary import document_positions
 
 
-def window_attention(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    *,
-    sliding_window: int,
-    segment_ids: Int[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Attention of query t over `t - sliding_window < j <= t` of its document; linear time in T."""
-    batch, length = query.shape[:2]
-    sliding_window = min(sliding_window, length)
-    start, _ = document_bounds(segment_ids, batch, length)
-    start = jnp.maximum(start, jnp.arange(length) - sliding_window + 1)
-    chunks = functools.partial(_window_chunks, sliding_window)
-    packed = segment_ids is not None
-    return _by_platform(
-        functools.partial(chunks, "cudnn") if packed else functools.partial(_fused, sliding_window),
-        functools.partial(chunks, "xla"),
-        query,
-        key,
-        value,
-        start,
-    )
+class DenseAttention(Attention):
+    """Attention over the whole document."""
+
+    def mix(self, x, query, key, value, segment_ids, sharding, layer):
+        """Returns attention output `[B, T, N, H]` and None."""
+        del x, sharding, layer
+        return dense_attention(query, key, value, segment_ids=segment_ids), None
+
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
+        """Returns the extended cache and attention output `[B, C, N, H]`, NaN beyond its room."""
+        del x, positions, layer
+        return extend_dense_cache(cache, query, key, value, num_tokens)
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> DenseCache:
+        """Makes an empty cache with room for `max_length` tokens."""
+        del support_size
+        return init_dense_cache(batch_size, max_length, self.config, self.dtype)
 
 
-def positioned_attention(
-    query: Float[Array, "B C N H"],
-    key: Float[Array, "B S K H"],
-    value: Float[Array, "B S K H"],
-    *,
-    positions: Int[Array, "B C"],
-    key_positions: Int[Array, "#B S"],
-) -> Float[Array, "B C N H"]:
-    """Attention of the query at position t over the keys at `0 <= j <= t`."""
-    length, chunk_size = query.shape[1], _DENSE_CHUNK["xla"]
+class WindowAttention(Attention):
+    """Attention over a sliding window."""
 
-    def attend(chunk):
-        query, positions = chunk
-        start = jnp.zeros_like(positions)
-        return _masked_attention("xla", query, key, value, start, positions, key_positions)
-
-    if length <= chunk_size:
-        return attend((query, positions))
-    chunks = (_split(query, chunk_size), _split(positions, chunk_size))
-    return _join(jax.lax.map(attend, chunks))[:, :length]
-
-
-def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
-    if arguments[0].dtype not in (jnp.bfloat16, jnp.float16):
-        return default(*arguments)
-    # Only tracing tells whether cuDNN is there (RuntimeError) and takes the head size
-    # (NotImplementedError).
-    try:
-        jax.eval_shape(cuda, *arguments)
-    except (RuntimeError, NotImplementedError):
-        return default(*arguments)
-    return jax.lax.platform_dependent(*arguments, cuda=cuda, default=default)
-
-
-def _fused(sliding_window: int | None, query, key, value, start):
-    del start
-    length = query.shape[1]
-    # The position that makes an odd length even lies after all others: causally out of sight.
-    query, key, value = (_join(_split(x, _even(length))) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        is_causal=True,
-        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
-        implementation="cudnn",
-    )
-    return out[:, :length]
-
-
-def _dense_chunks(backend: Backend, query, key, value, start):
-    length = query.shape[1]
-    chunk_size = _even(min(_DENSE_CHUNK[backend], length))
-    dtype = key.dtype
-    # The chunks' gradients of keys and values are summed outside: in float32.
-    key, value = (_join(_split(x, chunk_size)).astype(jnp.float32) for x in (key, value))
-    key_positions = jnp.arange(key.shape[1])
-
-    @jax.checkpoint
-    def attend(chunk):
-        query, start, query_positions = chunk
-        return _masked_attention(
-            backend,
+    def mix(self, x, query, key, value, segment_ids, sharding, layer):
+        """Returns attention output `[B, T, N, H]` and None."""
+        del x, sharding, layer
+        out = window_attention(
             query,
-            key.astype(dtype),
-            value.astype(dtype),
-            start,
-            query_positions,
-            key_positions,
+            key,
+            value,
+            sliding_window=self.config.sliding_window,
+            segment_ids=segment_ids,
         )
+        return out, None
 
-    chunks = (_split(query, chunk_size), _split(start, chunk_size))
-    query_positions = key_positions.reshape(-1, chunk_size)
-    return _join(jax.lax.map(attend, (*chunks, query_positions)))[:, :length]
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
+        """Returns the extended cache and attention output `[B, C, N, H]`."""
+        del x, positions, layer
+        return extend_window_cache(cache, query, key, value, num_tokens)
 
-
-def _window_chunks(sliding_window: int, backend: Backend, query, key, value, start):
-    length = query.shape[1]
-    # A chunk at least as long as the window needs only itself and the chunk before.
-    chunk_size = _even(min(max(sliding_window, _WINDOW_CHUNK), length))
-
-    def with_previous(x):
-        x = _split(x, chunk_size)
-        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-        return jnp.concatenate([previous, x], axis=2)
-
-    @jax.checkpoint
-    def attend(chunk):
-        query, key, value, start, query_positions = chunk
-        key_positions = query_positions[0] - chunk_size + jnp.arange(2 * chunk_size)
-        return _masked_attention(backend, query, key, value, start, query_positions, key_positions)
-
-    chunks = (_split(query, chunk_size), with_previous(key), with_previous(value))
-    query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
-    inputs = (*chunks, _split(start, chunk_size), query_positions)
-    return _join(jax.lax.map(attend, inputs))[:, :length]
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> WindowCache:
+        """Makes an empty cache of constant size."""
+        del max_length, support_size
+        return init_window_cache(batch_size, self.config, self.dtype)
 
 
-def _masked_attention(backend: Backend, query, key, value, start, query_positions, key_positions):
-    """Attention of query t over the keys at `start <= j <= t`."""
-    key_positions = key_positions[..., None, :]
-    mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[..., None])
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask[:, None], implementation=backend
-    )
+class UnlearnedSelection(SelectiveAttention):
+    """Attention over a sliding window and the k keys of the highest `importance`.
+
+    The importance has no parameters and passes no gradient: keys are selected or not, without
+    gates, whatever `config.gating` says of layers that learn to select.
+    """
+
+    gating = "straight_through"
+    shared_scores = False
+
+    def importance(
+        self,
+        key: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+        layer: int | Int[Array, ""],
+    ) -> Float32[Array, "B T K"]:
+        """Returns what the keys at these positions of their documents are worth."""
+        raise NotImplementedError
+
+    def score(self, x, key, segment_ids, layer):
+        """Returns scores `[B, T, K or 1]` of whole rows."""
+        positions = document_positions(segment_ids, *x.shape[:2])
+        return jax.lax.stop_gradient(self.importance(key, positions, layer))
+
+    def score_next(self, x, key, norm, positions, num_tokens, layer):
+        """Returns None and scores `[B, C, K or 1]` of the next tokens."""
+        del x, num_tokens
+        return norm, self.importance(key, positions, layer)
+
+    def mix(self, x, query, key, value, segment_ids, sharding, layer):
+        """Returns attention output `[B, T, N, H]` and None."""
+        out, _ = super().mix(x, query, key, value, segment_ids, sharding, layer)
+        return out, None
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
+        """Makes an empty cache of constant size."""
+        del support_size
+        return super().init_cache(batch_size, max_length=max_length)
 
 
-def _even(size: int) -> int:
-    # JAX has no gradient of cuDNN's attention for an odd length (0.11.2).
-    return size + size % 2
+class SinkAttention(UnlearnedSelection):
+    """Attention over a sliding window and the first k tokens of the document.
+
+    StreamingLLM (Xiao et al. 2023, arXiv 2309.17453), whose k is 4, the sinks. Keys keep the
+    position they have in the text, where StreamingLLM counts positions within its cache: it is
+    meant for contexts that the rotary embedding is made for.
+    """
+
+    shared_scores = True
+
+    def importance(self, key, positions, layer):
+        """Returns `[B, T, 1]`: the earlier, the more."""
+        del key, layer
+        return -positions[..., None].astype(jnp.float32)
 
 
-def _split(x, chunk_size):
-    """`[B, T, ...]` to `[chunks, B, C, ...]`, filled up with copies of the last position."""
-    batch, length = x.shape[:2]
-    widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, widths, mode="edge")
-    return jnp.moveaxis(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 1, 0)
+class RandomAttention(UnlearnedSelection):
+    """Attention over a sliding window and k random older keys.
+
+    Every KV head of every layer has one uniform random number for each position of a document,
+    always the same. So what is selected is a uniform sample of the pool from which keys only
+    drop out, as SparseK's do: what selection is worth that knows nothing.
+    """
+
+    def importance(self, key, positions, layer):
+        """Returns `[B, T, K]`, a function of layer, position and head only."""
+        # Named, as the default generator is the user's choice and could change between runs.
+        rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
+
+        def draw(position):
+            return jax.random.uniform(jax.random.fold_in(rng, position), key.shape[2:3])
+
+        return jax.vmap(jax.vmap(draw))(positions)
 
 
-def _join(x):
-    """`[chunks, B, C, ...]` to `[B, chunks * C, ...]`."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+class KeyNormAttention(UnlearnedSelection):
+    """Attention over a sliding window and the k older keys of the lowest L2 norm.
+
+    In trained decoders keys of low norm get much attention (Devoto et al. 2024, arXiv 2406.11430),
+    the first token's above all; docs/pretrained.md has what that is worth in SmolLM2, and what
+    the highest norms would be. The norm is that of each KV head, which rotation does not change.
+    """
+
+    def importance(self, key, positions, layer):
+        """Returns `[B, T, K]`: the shorter, the more."""
+        del positions, layer
+        return -jnp.linalg.norm(key.astype(jnp.float32), axis=-1)
+
+
+LAYERS = {
+    "sparsek": SparseKAttention,
+    "dense": DenseAttention,
+    "window": WindowAttention,
+    "sinks": SinkAttention,
+    "random": RandomAttention,
+    "key_norm": KeyNormAttention,
+}

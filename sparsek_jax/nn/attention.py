@@ -1,23 +1,13 @@
-"""Attention layers: projections, rotary embedding, and one of three ways to mix values."""
+"""Attention layers: projections and rotary embedding around a way to mix values, and SparseK."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.nn.alternatives import dense_attention, window_attention
-from sparsek_jax.nn.cache import (
-    DenseCache,
-    LayerCache,
-    ScoredCache,
-    WindowCache,
-    extend_dense_cache,
-    extend_window_cache,
-    init_dense_cache,
-    init_window_cache,
-)
+from sparsek_jax.nn.cache import LayerCache, ScoredCache
 from sparsek_jax.nn.config import AttentionConfig
-from sparsek_jax.nn.norms import make_norm
+from sparsek_jax.nn.norms import TimestepState, make_norm
 from sparsek_jax.nn.rotary import (
     apply_rotary,
     document_positions,
@@ -26,6 +16,7 @@ from sparsek_jax.nn.rotary import (
 from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
+from sparsek_jax.ops.attention import Gating
 
 
 class Attention(nnx.Module):
@@ -90,6 +81,7 @@ class Attention(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         sharding: jax.sharding.NamedSharding | None = None,
+        layer: int | Int[Array, ""] = 0,
         return_scores: bool = False,
     ) -> Float[Array, "B T D"] | tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
         """Attends causally within documents.
@@ -100,7 +92,8 @@ class Attention(nnx.Module):
             document.
           segment_ids: Ids of packed documents (maximal runs of equal ids); None: one a row.
           sharding: Of x, as in `Decoder.hidden`.
-          return_scores: Also return the keys' scores.
+          layer: Index in the decoder, on which random selection depends.
+          return_scores: Also return the keys' learned scores.
 
         Returns:
           The output `[B, T, d_model]`; with `return_scores` also the keys' scores, float32
@@ -109,12 +102,17 @@ class Attention(nnx.Module):
         if positions is None:
             positions = document_positions(segment_ids, *x.shape[:2])
         query, key, value = self._project(x, positions)
-        mixed, scores = self.mix(x, query, key, value, segment_ids, sharding)
+        mixed, scores = self.mix(x, query, key, value, segment_ids, sharding, layer)
         out = self._merge(mixed)
         return (out, scores) if return_scores else out
 
     def extend(
-        self, x: Float[Array, "B C D"], cache: LayerCache, num_tokens: Int[Array, " B"]
+        self,
+        x: Float[Array, "B C D"],
+        cache: LayerCache,
+        num_tokens: Int[Array, " B"],
+        *,
+        layer: int | Int[Array, ""] = 0,
     ) -> tuple[LayerCache, Float[Array, "B C D"]]:
         """Appends the next tokens of a document to what is remembered of it, and attends from them.
 
@@ -122,13 +120,14 @@ class Attention(nnx.Module):
           x: Normalised hidden state, `[B, C, d_model]`.
           cache: Of this layer, as `init_cache` makes it.
           num_tokens: How many of the C tokens each member of the batch appends, the first ones.
+          layer: As for a call.
 
         Returns:
           The new cache and the output, meaningless for tokens that were not appended.
         """
         positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         heads = self._project(x, positions)
-        cache, mixed = self.mix_next(x, *heads, cache, positions, num_tokens)
+        cache, mixed = self.mix_next(x, *heads, cache, positions, num_tokens, layer)
         return cache, self._merge(mixed)
 
     def _project(self, x, positions):
@@ -157,8 +156,9 @@ class Attention(nnx.Module):
         value: Float[Array, "B T K H"],
         segment_ids: Int[Array, "B T"] | None,
         sharding: jax.sharding.NamedSharding | None,
+        layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K"] | None]:
-        """Returns attention output `[B, T, N, H]` and scores or None."""
+        """Returns attention output `[B, T, N, H]` and learned scores or None."""
         raise NotImplementedError
 
     def mix_next(
@@ -170,6 +170,7 @@ class Attention(nnx.Module):
         cache: LayerCache,
         positions: Int[Array, "B C"],
         num_tokens: Int[Array, " B"],
+        layer: int | Int[Array, ""],
     ) -> tuple[LayerCache, Float[Array, "B C N H"]]:
         """Returns the extended cache and attention output `[B, C, N, H]`."""
         raise NotImplementedError
@@ -187,25 +188,42 @@ class Attention(nnx.Module):
         raise NotImplementedError
 
 
-class SparseKAttention(Attention):
-    """Attention over a sliding window and the k keys that a learned score selects.
+class SelectiveAttention(Attention):
+    """Attention over a sliding window and the k keys of the highest scores, which kinds define.
 
-    Its initialiser takes the arguments of `Attention`.
+    Attributes:
+      gating: As in `sparsek_attention`.
+      shared_scores: Whether all KV heads have one score per token.
     """
 
-    def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs, **kwargs):
-        super().__init__(config, d_model, rngs=rngs, **kwargs)
-        self.scorer = ScoringNetwork(
-            d_model,
-            1 if config.shared_scores else config.num_kv_heads,
-            timestep_norm=config.timestep_norm,
-            slope=config.slope,
-            rngs=rngs,
-        )
+    gating: Gating
+    shared_scores: bool
 
-    def mix(self, x, query, key, value, segment_ids, sharding):
+    def score(
+        self,
+        x: Float[Array, "B T D"],
+        key: Float[Array, "B T K H"],
+        segment_ids: Int[Array, "B T"] | None,
+        layer: int | Int[Array, ""],
+    ) -> Float32[Array, "B T K"]:
+        """Returns scores `[B, T, K or 1]` of whole rows."""
+        raise NotImplementedError
+
+    def score_next(
+        self,
+        x: Float[Array, "B C D"],
+        key: Float[Array, "B C K H"],
+        norm: TimestepState | None,
+        positions: Int[Array, "B C"],
+        num_tokens: Int[Array, " B"],
+        layer: int | Int[Array, ""],
+    ) -> tuple[TimestepState | None, Float32[Array, "B C K"]]:
+        """Returns the cache's `norm` and scores `[B, C, K or 1]` of the next tokens."""
+        raise NotImplementedError
+
+    def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
-        scores = self.scorer(x, segment_ids)
+        scores = self.score(x, key, segment_ids, layer)
 
         def attend(query, key, value, scores, segment_ids):
             return sparsek_attention(
@@ -215,7 +233,7 @@ class SparseKAttention(Attention):
                 scores,
                 num_selected=self.config.num_selected,
                 sliding_window=self.config.sliding_window,
-                gating=self.config.gating,
+                gating=self.gating,
                 segment_ids=segment_ids,
                 implementation=self.config.implementation,
             )
@@ -225,9 +243,9 @@ class SparseKAttention(Attention):
             attend = split_over_rows_and_heads(attend, sharding, scores.shape[2], key.shape[2])
         return attend(query, key, value, scores, segment_ids), scores
 
-    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
         """Returns the extended cache and attention output `[B, C, N, H]`."""
-        norm, scores = self.scorer.extend(x, cache.norm, positions=positions, num_tokens=num_tokens)
+        norm, scores = self.score_next(x, key, cache.norm, positions, num_tokens, layer)
         sparsek, out = extend_cache(
             cache.sparsek,
             query,
@@ -242,65 +260,49 @@ class SparseKAttention(Attention):
     def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
         """Makes an empty cache of constant size."""
         del max_length
-        config = self.config
         sparsek = init_cache(
             batch_size,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            num_selected=config.num_selected,
-            sliding_window=config.sliding_window,
-            gating=config.gating,
-            shared_scores=config.shared_scores,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            num_selected=self.config.num_selected,
+            sliding_window=self.config.sliding_window,
+            gating=self.gating,
+            shared_scores=self.shared_scores,
             support_size=support_size,
             dtype=self.dtype,
         )
-        norm = self.scorer.norm
-        return ScoredCache(sparsek, None if norm is None else norm.init_state(batch_size))
+        return ScoredCache(sparsek, None)
 
 
-class DenseAttention(Attention):
-    """Attention over the whole document."""
+class SparseKAttention(SelectiveAttention):
+    """Attention over a sliding window and the k keys that a learned score selects.
 
-    def mix(self, x, query, key, value, segment_ids, sharding):
-        """Returns attention output `[B, T, N, H]` and None."""
-        del x, sharding
-        return dense_attention(query, key, value, segment_ids=segment_ids), None
+    Its initialiser takes the arguments of `Attention`.
+    """
 
-    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
-        """Returns the extended cache and attention output `[B, C, N, H]`, NaN beyond its room."""
-        del x, positions
-        return extend_dense_cache(cache, query, key, value, num_tokens)
-
-    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> DenseCache:
-        """Makes an empty cache with room for `max_length` tokens."""
-        del support_size
-        return init_dense_cache(batch_size, max_length, self.config, self.dtype)
-
-
-class WindowAttention(Attention):
-    """Attention over a sliding window."""
-
-    def mix(self, x, query, key, value, segment_ids, sharding):
-        """Returns attention output `[B, T, N, H]` and None."""
-        del x, sharding
-        out = window_attention(
-            query,
-            key,
-            value,
-            sliding_window=self.config.sliding_window,
-            segment_ids=segment_ids,
+    def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs, **kwargs):
+        super().__init__(config, d_model, rngs=rngs, **kwargs)
+        self.gating, self.shared_scores = config.gating, config.shared_scores
+        self.scorer = ScoringNetwork(
+            d_model,
+            1 if config.shared_scores else config.num_kv_heads,
+            timestep_norm=config.timestep_norm,
+            slope=config.slope,
+            rngs=rngs,
         )
-        return out, None
 
-    def mix_next(self, x, query, key, value, cache, positions, num_tokens):
-        """Returns the extended cache and attention output `[B, C, N, H]`."""
-        del x, positions
-        return extend_window_cache(cache, query, key, value, num_tokens)
+    def score(self, x, key, segment_ids, layer):
+        """Returns scores `[B, T, K or 1]` of whole rows."""
+        del key, layer
+        return self.scorer(x, segment_ids)
 
-    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> WindowCache:
+    def score_next(self, x, key, norm, positions, num_tokens, layer):
+        """Returns the norm's state and scores `[B, C, K or 1]` of the next tokens."""
+        del key, layer
+        return self.scorer.extend(x, norm, positions=positions, num_tokens=num_tokens)
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
         """Makes an empty cache of constant size."""
-        del max_length, support_size
-        return init_window_cache(batch_size, self.config, self.dtype)
-
-
-LAYERS = {"sparsek": SparseKAttention, "dense": DenseAttention, "window": WindowAttention}
+        cache = super().init_cache(batch_size, max_length=max_length, support_size=support_size)
+        norm = self.scorer.norm
+        return cache if norm is None else ScoredCache(cache.sparsek, norm.init_state(batch_size))

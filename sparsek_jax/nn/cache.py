@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from sparsek_jax.nn.alternatives import positioned_attention, window_attention
+from sparsek_jax.nn.causal import positioned_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import TimestepState
 from sparsek_jax.ops import SparseKCache, reset_cache

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from sparsek_jax.ops.attention import GATINGS, Implementation
 
-KINDS = ("sparsek", "dense", "window")
+KINDS = ("sparsek", "dense", "window", "sinks", "random", "key_norm")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -16,15 +16,17 @@ class AttentionConfig:
     """One attention layer.
 
     Attributes:
-      kind: "sparsek", "dense" or "window", in every layer unless `pattern` is given.
+      kind: One of `KINDS` (`nn/alternatives.py` says what they are), in every layer unless
+        `pattern` is given.
       pattern: Kinds that repeat over the layers, such as ("window", "sparsek").
       num_heads: Query heads N.
       num_kv_heads: Key and value heads K; N is a multiple.
       head_dim: Size H of a head.
-      num_selected: k, keys that a query selects.
-      sliding_window: w, newest keys that a query always sees (SparseK and window).
-      gating: "soft" or "straight_through".
-      implementation: Of the SparseK operator, one that it has; None for the best one.
+      num_selected: k, keys that a query selects (all kinds but dense and window).
+      sliding_window: w, newest keys that a query always sees (all kinds but dense).
+      gating: Of SparseK, "soft" or "straight_through"; what no scorer selects has no gates.
+      implementation: Of the SparseK operator, with which all but dense and window attend, one that
+        it has; None for the best one.
       qk_norm: RMSNorm over every query and key head (Qwen3).
       qkv_bias: Biases in the query, key and value projections.
       out_bias: Bias in the output projection.
@@ -36,9 +38,9 @@ class AttentionConfig:
       rope_high_freq_factor: A frequency of more turns is high.
       rope_original_length: Context before the model was extended.
       rotary_fraction: Leading fraction of a head that is rotated (GPT-NeoX).
-      shared_scores: One score for all KV heads instead of one for each.
-      timestep_norm: Causal normalisation of the scores.
-      slope: What a score gains per position.
+      shared_scores: SparseK's scorer gives one score for all KV heads instead of one for each.
+      timestep_norm: It normalises scores causally.
+      slope: What its scores gain per position.
     """
 
     kind: str = "sparsek"

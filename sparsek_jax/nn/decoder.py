@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.nn.attention import LAYERS
+from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.cache import DecoderCache, LayerCache, check_room
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.norms import make_norm
@@ -75,23 +75,29 @@ class Block(nnx.Module):
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         sharding: jax.sharding.NamedSharding | None,
+        layer: int | Int[Array, ""],
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
-        """Returns the new residual stream, and the attention's scores if it has any."""
+        """Returns the new residual stream, and the attention's scores if it learns any."""
         attended, scores = self.attention(
             self.attention_norm(x).astype(x.dtype),
             positions=positions,
             segment_ids=segment_ids,
             sharding=sharding,
+            layer=layer,
             return_scores=True,
         )
         return self._residual(x, attended), scores
 
     def extend(
-        self, x: Float[Array, "B C D"], cache: LayerCache, num_tokens: Int[Array, " B"]
+        self,
+        x: Float[Array, "B C D"],
+        cache: LayerCache,
+        num_tokens: Int[Array, " B"],
+        layer: int | Int[Array, ""],
     ) -> tuple[LayerCache, Float[Array, "B C D"]]:
         """Returns the attention's cache with these tokens appended, and the residual stream."""
         normalised = self.attention_norm(x).astype(x.dtype)
-        cache, attended = self.attention.extend(normalised, cache, num_tokens)
+        cache, attended = self.attention.extend(normalised, cache, num_tokens, layer=layer)
         return cache, self._residual(x, attended)
 
     def _residual(self, x, attended):
@@ -207,21 +213,22 @@ class Decoder(nnx.Module):
         scores = {}
         if self.config.scan_layers:
 
-            def repetition(x, states):
+            def repetition(x, inputs):
+                states, first = inputs
                 scores = []
-                for block, state in zip(blocks, states, strict=True):
-                    x, block_scores = block(state, x)
+                for offset, (block, state) in enumerate(zip(blocks, states, strict=True)):
+                    x, block_scores = block(state, x, layer=first + offset)
                     scores.append(block_scores)
                 return x, scores
 
-            x, stacked = jax.lax.scan(repetition, x, states)
+            x, stacked = jax.lax.scan(repetition, x, (states, self._first_layers()))
             for offset, block_scores in enumerate(stacked):
                 if block_scores is not None:
                     indices = range(offset, self.config.num_layers, len(blocks))
                     scores |= dict(zip(indices, block_scores, strict=True))
         else:
             for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-                x, block_scores = block(state, x)
+                x, block_scores = block(state, x, layer=i)
                 if block_scores is not None:
                     scores[i] = block_scores
         x = self.final_norm(x).astype(self.config.dtype)
@@ -298,7 +305,7 @@ class Decoder(nnx.Module):
             # One token at a time the caches would be copied whole to be stacked.
             layers = []
             for i, layer_cache in enumerate(cache.layers):
-                layer_cache, x = self._layer(i).extend(x, layer_cache, num_tokens)
+                layer_cache, x = self._layer(i).extend(x, layer_cache, num_tokens, i)
                 layers.append(layer_cache)
         return DecoderCache(tuple(layers)), self.final_norm(x).astype(self.config.dtype)
 
@@ -322,14 +329,21 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self.layers[offset])
         return nnx.merge(graphdef, jax.tree.map(lambda x: x[repeat], state))
 
+    def _first_layers(self):
+        """Of every repetition of the pattern, the index of its first layer."""
+        return jnp.arange(0, self.config.num_layers, len(self.layers))
+
     def _scan_with_caches(self, x, caches, num_tokens):
         period = len(self.layers)
         splits = [nnx.split(layer) for layer in self.layers]
 
         def repetition(x, inputs):
+            stacked, first = inputs
             extended = []
-            for (block, _), (state, cache) in zip(splits, inputs, strict=True):
-                cache, x = nnx.merge(block, state).extend(x, cache, num_tokens)
+            for offset, ((block, _), (state, cache)) in enumerate(
+                zip(splits, stacked, strict=True)
+            ):
+                cache, x = nnx.merge(block, state).extend(x, cache, num_tokens, first + offset)
                 extended.append(cache)
             return x, extended
 
@@ -337,7 +351,7 @@ class Decoder(nnx.Module):
             (state, jax.tree.map(lambda *x: jnp.stack(x), *caches[offset::period]))
             for offset, (_, state) in enumerate(splits)
         ]
-        x, extended = jax.lax.scan(repetition, x, stacked)
+        x, extended = jax.lax.scan(repetition, x, (stacked, self._first_layers()))
         layers = [
             jax.tree.map(lambda x, i=i: x[i // period], extended[i % period])
             for i in range(len(caches))
@@ -352,9 +366,11 @@ def output_logits(
     return einsum_f32("...d,vd->...v", hidden, table.astype(hidden.dtype))
 
 
-def _apply(graphdef, state, x, *, positions, segment_ids, sharding):
+def _apply(graphdef, state, x, *, layer, positions, segment_ids, sharding):
     block = nnx.merge(graphdef, state)
-    x, scores = block(x, positions=positions, segment_ids=segment_ids, sharding=sharding)
+    x, scores = block(
+        x, positions=positions, segment_ids=segment_ids, sharding=sharding, layer=layer
+    )
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
     return x, scores

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsek_jax import nn
+from sparsek_jax.nn.config import KINDS
 from sparsek_jax.pretrained.source import ConversionError
 from sparsek_jax.training.config import ConfigError
 
@@ -302,7 +303,7 @@ def _mixing(config, window, options):
     if "dense" in kinds:
         raise ConfigError(
             f"--kind or --pattern asks for dense attention, but the model was trained with "
-            f"sliding_window={window}; expected 'window' or 'sparsek'"
+            f"sliding_window={window}; expected one of {[x for x in KINDS if x != 'dense']}"
         )
     widest = window if kinds == {"window"} else min(window, usual)
     fields = {"sliding_window": widest} | fields

@@ -39,7 +39,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"  # of the computation; parameters are always float32
 
     config.attention = ml_collections.ConfigDict()
-    config.attention.kind = "sparsek"  # or "dense", "window"
+    # "dense", "window", or selection by other than learned scores: "sinks" (the first keys),
+    # "random", "key_norm" (keys of low norm)
+    config.attention.kind = "sparsek"
     # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
     # --config.attention.pattern="('window','sparsek')"
     config.attention.pattern = ()
@@ -48,7 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.head_dim = 64
     config.attention.num_selected = 128
     config.attention.sliding_window = 128
-    config.attention.gating = "soft"  # or "straight_through"
+    config.attention.gating = "soft"  # or "straight_through"; of "sparsek" only
     config.attention.implementation = ""  # "": the best; "reference", "xla", "mosaic_gpu"
     config.attention.qk_norm = False
     config.attention.qkv_bias = False

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, SparseKAttention
-from sparsek_jax.nn.attention import DenseAttention, WindowAttention
+from sparsek_jax.nn.alternatives import DenseAttention, WindowAttention
 
 CONFIG = AttentionConfig(
     num_heads=4,

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek_jax.nn import alternatives
-from sparsek_jax.nn.alternatives import dense_attention, window_attention
+from sparsek_jax.nn import causal
+from sparsek_jax.nn.causal import dense_attention, window_attention
 
 
 def attention(window):
@@ -48,8 +48,8 @@ def packed_ids(length):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(alternatives, "_DENSE_CHUNK", {"xla": 8, "cudnn": 8})
-    monkeypatch.setattr(alternatives, "_WINDOW_CHUNK", 8)
+    monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 8, "cudnn": 8})
+    monkeypatch.setattr(causal, "_WINDOW_CHUNK", 8)
 
 
 @pytest.mark.usefixtures("small_chunks")

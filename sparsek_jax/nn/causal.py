@@ -1,0 +1,194 @@
+"""Dense and sliding-window attention, causal, within documents.
+
+Both are `jax.nn.dot_product_attention`: cuDNN's where the computation is lowered for CUDA and cuDNN
+takes its dtype and head size, XLA's elsewhere. cuDNN's own masks do not know packed documents and
+XLA's logits are quadratic, so packed rows, and XLA, take one chunk of queries at a time with an
+explicit mask: memory linear in T.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsek_jax.ops.selection import document_bounds
+
+Backend = Literal["cudnn", "xla"]
+
+# XLA writes the logits of all heads of a chunk, cuDNN reads one mask for all heads.
+_DENSE_CHUNK: dict[Backend, int] = {"cudnn": 1024, "xla": 256}
+_WINDOW_CHUNK = 128
+
+
+def dense_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Causal attention over the whole document; shapes and dtypes as `sparsek_attention`."""
+    start, _ = document_bounds(segment_ids, *query.shape[:2])
+    packed = segment_ids is not None
+    return _by_platform(
+        functools.partial(_dense_chunks, "cudnn") if packed else functools.partial(_fused, None),
+        functools.partial(_dense_chunks, "xla"),
+        query,
+        key,
+        value,
+        start,
+    )
+
+
+def window_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    *,
+    sliding_window: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention of query t over `t - sliding_window < j <= t` of its document; linear time in T."""
+    batch, length = query.shape[:2]
+    sliding_window = min(sliding_window, length)
+    start, _ = document_bounds(segment_ids, batch, length)
+    start = jnp.maximum(start, jnp.arange(length) - sliding_window + 1)
+    chunks = functools.partial(_window_chunks, sliding_window)
+    packed = segment_ids is not None
+    return _by_platform(
+        functools.partial(chunks, "cudnn") if packed else functools.partial(_fused, sliding_window),
+        functools.partial(chunks, "xla"),
+        query,
+        key,
+        value,
+        start,
+    )
+
+
+def positioned_attention(
+    query: Float[Array, "B C N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    *,
+    positions: Int[Array, "B C"],
+    key_positions: Int[Array, "#B S"],
+) -> Float[Array, "B C N H"]:
+    """Attention of the query at position t over the keys at `0 <= j <= t`."""
+    length, chunk_size = query.shape[1], _DENSE_CHUNK["xla"]
+
+    def attend(chunk):
+        query, positions = chunk
+        start = jnp.zeros_like(positions)
+        return _masked_attention("xla", query, key, value, start, positions, key_positions)
+
+    if length <= chunk_size:
+        return attend((query, positions))
+    chunks = (_split(query, chunk_size), _split(positions, chunk_size))
+    return _join(jax.lax.map(attend, chunks))[:, :length]
+
+
+def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
+    if arguments[0].dtype not in (jnp.bfloat16, jnp.float16):
+        return default(*arguments)
+    # Only tracing tells whether cuDNN is there (RuntimeError) and takes the head size
+    # (NotImplementedError).
+    try:
+        jax.eval_shape(cuda, *arguments)
+    except (RuntimeError, NotImplementedError):
+        return default(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=cuda, default=default)
+
+
+def _fused(sliding_window: int | None, query, key, value, start):
+    del start
+    length = query.shape[1]
+    # The position that makes an odd length even lies after all others: causally out of sight.
+    query, key, value = (_join(_split(x, _even(length))) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        is_causal=True,
+        local_window_size=None if sliding_window is None else (sliding_window - 1, 0),
+        implementation="cudnn",
+    )
+    return out[:, :length]
+
+
+def _dense_chunks(backend: Backend, query, key, value, start):
+    length = query.shape[1]
+    chunk_size = _even(min(_DENSE_CHUNK[backend], length))
+    dtype = key.dtype
+    # The chunks' gradients of keys and values are summed outside: in float32.
+    key, value = (_join(_split(x, chunk_size)).astype(jnp.float32) for x in (key, value))
+    key_positions = jnp.arange(key.shape[1])
+
+    @jax.checkpoint
+    def attend(chunk):
+        query, start, query_positions = chunk
+        return _masked_attention(
+            backend,
+            query,
+            key.astype(dtype),
+            value.astype(dtype),
+            start,
+            query_positions,
+            key_positions,
+        )
+
+    chunks = (_split(query, chunk_size), _split(start, chunk_size))
+    query_positions = key_positions.reshape(-1, chunk_size)
+    return _join(jax.lax.map(attend, (*chunks, query_positions)))[:, :length]
+
+
+def _window_chunks(sliding_window: int, backend: Backend, query, key, value, start):
+    length = query.shape[1]
+    # A chunk at least as long as the window needs only itself and the chunk before.
+    chunk_size = _even(min(max(sliding_window, _WINDOW_CHUNK), length))
+
+    def with_previous(x):
+        x = _split(x, chunk_size)
+        previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
+        return jnp.concatenate([previous, x], axis=2)
+
+    @jax.checkpoint
+    def attend(chunk):
+        query, key, value, start, query_positions = chunk
+        key_positions = query_positions[0] - chunk_size + jnp.arange(2 * chunk_size)
+        return _masked_attention(backend, query, key, value, start, query_positions, key_positions)
+
+    chunks = (_split(query, chunk_size), with_previous(key), with_previous(value))
+    query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
+    inputs = (*chunks, _split(start, chunk_size), query_positions)
+    return _join(jax.lax.map(attend, inputs))[:, :length]
+
+
+def _masked_attention(backend: Backend, query, key, value, start, query_positions, key_positions):
+    """Attention of query t over the keys at `start <= j <= t`."""
+    key_positions = key_positions[..., None, :]
+    mask = (key_positions >= start[..., None]) & (key_positions <= query_positions[..., None])
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask[:, None], implementation=backend
+    )
+
+
+def _even(size: int) -> int:
+    # JAX has no gradient of cuDNN's attention for an odd length (0.11.2).
+    return size + size % 2
+
+
+def _split(x, chunk_size):
+    """`[B, T, ...]` to `[chunks, B, C, ...]`, filled up with copies of the last position."""
+    batch, length = x.shape[:2]
+    widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, widths, mode="edge")
+    return jnp.moveaxis(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 1, 0)
+
+
+def _join(x):
+    """`[chunks, B, C, ...]` to `[B, chunks * C, ...]`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
