@@ -340,9 +340,8 @@ class Decoder(nnx.Module):
         def repetition(x, inputs):
             stacked, first = inputs
             extended = []
-            for offset, ((block, _), (state, cache)) in enumerate(
-                zip(splits, stacked, strict=True)
-            ):
+            for offset, (block, _) in enumerate(splits):
+                state, cache = stacked[offset]
                 cache, x = nnx.merge(block, state).extend(x, cache, num_tokens, first + offset)
                 extended.append(cache)
             return x, extended

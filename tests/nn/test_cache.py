@@ -32,6 +32,7 @@ VARIANTS = {
     "dense": {"kind": "dense", "qk_norm": True},
     "mixed": {"pattern": ("window", "sparsek")},
     "xla": {"implementation": "xla"},
+    "unlearned": {"pattern": ("sinks", "random", "key_norm")},
 }
 
 
@@ -106,7 +107,7 @@ def error(actual, expected):
 
 
 LONG_PROMPT, SHORT_PROMPT = [13, 13], [3]
-PROMPTS = [(variant, LONG_PROMPT) for variant in VARIANTS if variant != "xla"]
+PROMPTS = [(variant, LONG_PROMPT) for variant in VARIANTS if variant not in ("xla", "unlearned")]
 PROMPTS += [("soft", SHORT_PROMPT), ("window", SHORT_PROMPT)]
 
 
@@ -139,9 +140,11 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
         assert cache.layers[0].sparsek.key.dtype == dtype
 
 
-@pytest.mark.parametrize(("variant", "scan"), [("mixed", False), ("mixed", True), ("dense", False)])
-def test_rows_of_different_lengths_and_reset(variant, scan):
-    model = make(variant, num_layers=4 if scan else 2, scan_layers=scan)
+@pytest.mark.parametrize(
+    ("variant", "num_layers"), [("mixed", 2), ("mixed", 4), ("dense", 2), ("unlearned", 6)]
+)
+def test_rows_of_different_lengths_and_reset(variant, num_layers):
+    model = make(variant, num_layers=num_layers, scan_layers=num_layers > 2)
     split, expected = nnx.split(model), whole(model)
     counts = np.array([[13, 4, 0], [13, 0, 9], [1, 1, 0], [0, 1, 1], [2, 13, 13]])
     cache, outs = empty_cache(model, max_length=60), [[], [], []]
@@ -169,11 +172,13 @@ def test_rows_of_different_lengths_and_reset(variant, scan):
         assert error(logits[b], expected[b, reset.length[b] :][:13]) <= 1e-5
 
 
-def test_unstacked_layers_are_those_of_the_stack():
-    model = make("mixed", num_layers=4, scan_layers=True)
+# Random selection differs between layers: all must know which they are.
+@pytest.mark.parametrize(("variant", "num_layers"), [("mixed", 4), ("unlearned", 6)])
+def test_unstacked_layers_are_those_of_the_stack(variant, num_layers):
+    model = make(variant, num_layers=num_layers, scan_layers=True)
     unstacked = model.unstacked()
     assert not unstacked.config.scan_layers
-    assert len(unstacked.layers) == 4
+    assert len(unstacked.layers) == num_layers
     assert error(whole(unstacked), whole(model)) <= 1e-5
     again = unstacked.unstacked()
     assert jax.tree.all(jax.tree.map(jnp.array_equal, nnx.state(again), nnx.state(unstacked)))

@@ -75,12 +75,15 @@ def test_every_option_reaches_the_run_and_comes_back(tmp_path):
     assert again.config == imported.config
     assert again.config.attention.pattern == ("window", "sparsek")
     assert again.config.attention.gating == "straight_through"
-    # Asked for dense attention, an import leaves the scorers out.
-    last = import_model(
-        tmp_path / "exported", tmp_path / "dense", options=AttentionOptions(kind="dense")
-    )
-    assert sorted(last.dropped) == sorted(imported.new)
-    assert last.config.attention.layer_kind(0) == "dense"
+    # Asked for attention without scorers, an import leaves them out.
+    for kind in ("dense", "random"):
+        last = import_model(
+            tmp_path / "exported", tmp_path / kind, options=AttentionOptions(kind=kind)
+        )
+        assert sorted(last.dropped) == sorted(imported.new)
+        assert last.config.attention.layer_kind(0) == kind
+    export_model(tmp_path / "random", tmp_path / "unlearned")
+    assert import_model(tmp_path / "unlearned", tmp_path / "last").config == last.config
 
 
 def test_seed_decides_the_scorers(tmp_path):

@@ -170,7 +170,7 @@ def test_weight_decay_and_schedule():
 
 
 @pytest.mark.parametrize(
-    ("kind", "k", "w"), [("sparsek", 3, 4), ("sparsek", 3, 0), ("dense", 1, 1)]
+    ("kind", "k", "w"), [("sparsek", 3, 4), ("sparsek", 3, 0), ("dense", 1, 1), ("sinks", 3, 4)]
 )
 def test_flops_count_attended_keys_only(kind, k, w):
     expected = sum(

@@ -1,0 +1,149 @@
+"""Selection without a scorer, against masks written from the definitions, in float64."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsek_jax.nn import (
+    AttentionConfig,
+    DenseAttention,
+    KeyNormAttention,
+    RandomAttention,
+    SinkAttention,
+    SparseKAttention,
+)
+from sparsek_jax.nn.alternatives import LAYERS
+from sparsek_jax.nn.config import KINDS
+from tests.ops.oracle import document_starts
+
+CONFIG = AttentionConfig(
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=5,
+    rotary_fraction=0.8,
+    num_selected=4,
+    sliding_window=3,
+    qk_norm=True,
+)
+LENGTH = 23
+# The id 1 comes back: a later document of the same id is another document.
+IDS = np.array([np.repeat([1, 2, 1], [7, 1, 15]), np.repeat([0, 1, 1], [13, 2, 8])])
+
+
+def make(kind, **changes):
+    return kind(dataclasses.replace(CONFIG, **changes), 8, rngs=nnx.Rngs(0))
+
+
+def sees(layer, key, ids, index):
+    """Whether a query sees a key, bool `[B, K, T, T]`, one query at a time."""
+    k, w = layer.config.num_selected, layer.config.sliding_window
+    batch, length, num_heads, _ = key.shape
+    mask = np.zeros((batch, num_heads, length, length), bool)
+    for b, h, t in np.ndindex(batch, num_heads, length):
+        start = document_starts(None if ids is None else ids[b], length)[t]
+        pool = list(range(start, t - w + 1))
+        if isinstance(layer, SinkAttention):
+            chosen = [j for j in pool if j - start < k]
+        elif isinstance(layer, KeyNormAttention):
+            chosen = sorted(pool, key=lambda j, x=key[b, :, h]: np.sum(x[j] ** 2))[:k]
+        else:
+            drawn = random_numbers(index)
+            chosen = sorted(pool, key=lambda j, s=start, h=h, x=drawn: -x[j - s, h])[:k]
+        mask[b, h, t, [*chosen, *range(max(start, t - w + 1), t + 1)]] = True
+    return mask
+
+
+@functools.cache
+def random_numbers(index):
+    """By position and KV head."""
+    positions = jnp.arange(LENGTH)[None]
+    layer, key = make(RandomAttention), jnp.zeros((1, LENGTH, 2, 5))
+    return np.asarray(jax.jit(layer.importance)(key, positions, index))[0]
+
+
+def masked(query, key, value, mask):
+    """Softmax attention over a mask, as one would write it first."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+    logits = jnp.where(jnp.repeat(mask, groups, axis=1), logits, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), value)
+
+
+def with_gradients(attend, query, key, value, weight):
+    out, vjp = jax.vjp(attend, query, key, value)
+    return [out, *vjp(weight.astype(out.dtype))]
+
+
+@jax.jit
+def expected(mask, *arrays):
+    return with_gradients(lambda *qkv: masked(*qkv, mask), *arrays)
+
+
+@pytest.mark.parametrize(
+    ("kind", "implementation", "length", "changes", "packed"),
+    [
+        (SinkAttention, "xla", LENGTH, {}, True),
+        (RandomAttention, "xla", LENGTH, {"sliding_window": 0}, True),
+        (KeyNormAttention, "xla", LENGTH, {}, True),
+        (KeyNormAttention, "reference", LENGTH, {"gating": "straight_through"}, False),
+        (SinkAttention, "reference", 5, {"num_selected": 9}, False),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_masks(kind, implementation, length, changes, packed):
+    layer = make(kind, implementation=implementation, **changes)
+    rng = np.random.default_rng(0)
+    shapes = [(2, length, heads, 5) for heads in (6, 2, 2, 6)]
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    ids = IDS[:, :length] if packed else None
+    x = jnp.zeros((2, length, 8))
+
+    @jax.jit
+    def run(*arrays):
+        def attend(*qkv):
+            return layer.mix(x, *qkv, None if ids is None else jnp.asarray(ids), None, 1)[0]
+
+        return with_gradients(attend, *arrays)
+
+    mask = sees(layer, arrays[1].astype(np.float64), ids, index=1)
+    with jax.enable_x64(True):
+        truth = expected(mask, *(x.astype(np.float64) for x in arrays))
+    for ours, exact in zip(*jax.tree.map(np.asarray, (run(*arrays), truth)), strict=True):
+        assert exact.dtype == np.float64
+        assert np.linalg.norm(ours - exact) <= 1e-5 * np.linalg.norm(exact)
+
+
+def test_random_numbers_depend_on_layer_head_and_position_only():
+    drawn = np.stack([random_numbers(index) for index in range(2)])
+    assert len(np.unique(drawn)) == drawn.size
+    assert 0 <= drawn.min() < 0.1
+    assert 0.9 < drawn.max() < 1
+    # Which must not change: a text that was begun goes on with what it has kept.
+    np.testing.assert_allclose(drawn[1, :2, 0], [0.578832, 0.090836], atol=1e-6)
+    with jax.default_prng_impl("rbg"):
+        again = make(RandomAttention).importance(jnp.zeros((1, 1, 2, 5)), jnp.array([[6]]), 1)
+    np.testing.assert_array_equal(again[0, 0], drawn[1, 6])
+
+
+def test_all_kinds_have_the_parameters_of_dense_attention_and_learn_with_them():
+    assert tuple(LAYERS) == KINDS
+    dense = dict(nnx.to_flat_state(nnx.state(make(DenseAttention))))
+    for kind in KINDS:
+        layer = nnx.eval_shape(lambda kind=kind: make(LAYERS[kind]))
+        paths = nnx.to_flat_state(nnx.state(layer)).paths
+        assert {path for path in paths if path[0] != "scorer"} == set(dense)
+        assert (len(paths) > len(dense)) == (LAYERS[kind] is SparseKAttention)
+
+
+@pytest.mark.parametrize("kind", [SinkAttention, RandomAttention, KeyNormAttention])
+def test_there_is_neither_a_gate_nor_a_score_to_see(kind):
+    layer = make(kind, implementation="reference")
+    out, scores = jax.eval_shape(lambda x: layer(x, return_scores=True), jnp.zeros((2, LENGTH, 8)))
+    assert (out.shape, scores) == ((2, LENGTH, 8), None)
+    # What soft gates need is of no use, though the default gating is soft.
+    assert layer.init_cache(2, support_size=8).sparsek.support is None
