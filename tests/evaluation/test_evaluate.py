@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import pytest
 
 from sparsek_jax.data import prepare, validation_batches
 from sparsek_jax.evaluation.evaluate import evaluate
+from sparsek_jax.evaluation.report import to_json
 from sparsek_jax.training.config import ConfigError
 
 
@@ -64,6 +66,9 @@ def test_same_weights_with_dense_attention(run):
     assert evaluation.label == "dense"
     assert evaluation.notes == ("attention.kind='dense'; the weights were trained with 'sparsek'.",)
     assert covered.gates[0].verdicts == ("unused",)
+    sinks = dataclasses.replace(sparse.attention, kind="sinks", num_selected=4, sliding_window=9)
+    described = to_json(dataclasses.replace(evaluation, attention=sinks))["attention"]
+    assert (described, to_json(evaluation)["attention"]) == ("sinks k=4 w=9", "dense")
 
 
 def test_fewer_batches_and_another_batch_size(run):
