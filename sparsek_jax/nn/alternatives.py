@@ -112,8 +112,8 @@ class SinkAttention(UnlearnedSelection):
     """Attention over a sliding window and the first k tokens of the document.
 
     StreamingLLM (Xiao et al. 2023, arXiv 2309.17453), whose k is 4, the sinks. Keys keep the
-    position they have in the text, where StreamingLLM counts positions within its cache: it is
-    meant for contexts that the rotary embedding is made for.
+    position they have in the text, where StreamingLLM counts positions within its cache to go
+    beyond the context that the rotary embedding is made for.
     """
 
     shared_scores = True
@@ -146,9 +146,9 @@ class RandomAttention(UnlearnedSelection):
 class KeyNormAttention(UnlearnedSelection):
     """Attention over a sliding window and the k older keys of the lowest L2 norm.
 
-    In trained decoders keys of low norm get much attention (Devoto et al. 2024, arXiv 2406.11430),
-    the first token's above all; docs/pretrained.md has what that is worth in SmolLM2, and what
-    the highest norms would be. The norm is that of each KV head, which rotation does not change.
+    In trained decoders keys of low norm get much attention (Devoto et al. 2024, arXiv 2406.11430).
+    In SmolLM2 they are nearly worth the first keys, and keys of high norm less than random ones
+    (docs/pretrained.md). The norm is that of each KV head's key, which rotation does not change.
     """
 
     def importance(self, key, positions, layer):
