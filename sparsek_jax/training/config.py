@@ -79,6 +79,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.optimizer.b2 = 0.95
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.1  # on matrices only
+    # Of the scorers, at the end of their warm-up; 0: learning_rate.
+    config.optimizer.scorer_learning_rate = 0.0
+    # First steps, in which nothing but the scorers moves; then the rest begins with its warm-up.
+    # Without effect where there are no scorers.
+    config.optimizer.freeze_steps = 0
+    # Learning rate of a layer relative to that of the layer after it; the embedding counts as the
+    # layer before the first, scorers as none. 1: the same rate for all.
+    config.optimizer.layer_decay = 1.0
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
     config.optimizer.z_loss = 0.0  # weight of mean(logsumexp(logits)^2)
     config.optimizer.accumulate = 1  # microbatches that a batch is cut into
@@ -210,6 +218,10 @@ def validate_config(
     _within(config, "optimizer.b2", 0.0, 1.0, open_end=True)
     _positive(config, "optimizer.eps")
     _at_least(config, "optimizer.weight_decay", 0)
+    _at_least(config, "optimizer.scorer_learning_rate", 0)
+    _at_least(config, "optimizer.freeze_steps", 0)
+    _positive(config, "optimizer.layer_decay")
+    _within(config, "optimizer.layer_decay", 0.0, 1.0)
     _at_least(config, "optimizer.clip_norm", 0)
     _at_least(config, "optimizer.z_loss", 0)
     _at_least(config, "optimizer.accumulate", 1)
@@ -223,6 +235,12 @@ def validate_config(
     if config.optimizer.warmup_steps >= config.train.steps:
         raise ConfigError(
             f"optimizer.warmup_steps={config.optimizer.warmup_steps}; expected fewer than "
+            f"train.steps={config.train.steps}"
+        )
+    if config.optimizer.freeze_steps + config.optimizer.warmup_steps >= config.train.steps:
+        raise ConfigError(
+            f"optimizer.freeze_steps={config.optimizer.freeze_steps} and then optimizer."
+            f"warmup_steps={config.optimizer.warmup_steps}; expected together fewer than "
             f"train.steps={config.train.steps}"
         )
 

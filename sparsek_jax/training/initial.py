@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 from sparsek_jax import nn
 from sparsek_jax.training.checkpoint import restore_params
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.parameters import Params, define, stack_layers, unstack_layers
+from sparsek_jax.training.parameters import (
+    Params,
+    define,
+    is_scorer,
+    stack_layers,
+    unstack_layers,
+)
 from sparsek_jax.training.sharding import tree_shardings
 from sparsek_jax.training.workdir import load_config
 
@@ -75,7 +81,7 @@ def initial_params(
         raise ConfigError(f"init_from={str(directory)!r}: {error}") from error
     if _stacking(source) == _stacking(config):
         return {name: restored.get(name, x) for name, x in params.items()}, step
-    scorers = {name: x for name, x in params.items() if _is_scorer(name)}
+    scorers = {name: x for name, x in params.items() if is_scorer(name)}
 
     def rearranged(restored, scorers):
         given = unstack_layers(scorers, config) | unstack_layers(restored, source)
@@ -105,13 +111,9 @@ def _stacking(config):
     return config.scan_layers and config.period
 
 
-def _is_scorer(name):
-    return ".scorer." in name
-
-
 def _check(directory, given, needed):
     for name, expected in needed.items():
-        if name not in given and not _is_scorer(name):
+        if name not in given and not is_scorer(name):
             raise ConfigError(
                 f"init_from={str(directory)!r} has no parameter {name} of shape {expected.shape}; "
                 "expected it, as it belongs to no scorer"
@@ -122,7 +124,7 @@ def _check(directory, given, needed):
                 f"{given[name].shape}; expected {expected.shape}"
             )
     for name, found in given.items():
-        if name not in needed and not _is_scorer(name):
+        if name not in needed and not is_scorer(name):
             raise ConfigError(
                 f"init_from={str(directory)!r} has a parameter {name} of shape {found.shape}; "
                 "expected none, as it belongs to no scorer"

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
 from sparsek_jax import nn
 
@@ -46,6 +48,26 @@ def split(model: nnx.Module) -> tuple[ModelDefinition, Params]:
 def define(make_model) -> ModelDefinition:
     """Definition of the model that `make_model()` would build, without computing anything."""
     return split(nnx.eval_shape(make_model))[0]
+
+
+def is_scorer(name: str) -> bool:
+    """Whether a parameter is one of a scoring network."""
+    return ".scorer." in name
+
+
+def layers_of(name: str, config: nn.DecoderConfig) -> Int[np.ndarray, "..."] | None:
+    """The layers that a parameter of a decoder belongs to.
+
+    Returns:
+      A scalar; with `scan_layers` the layer of every entry of the first dimension; None if the
+      parameter belongs to no layer.
+    """
+    if not name.startswith("layers."):
+        return None
+    layer, _ = _layer(name)
+    if not config.scan_layers:
+        return np.array(layer)
+    return np.arange(layer, config.num_layers, config.period)
 
 
 def unstack_layers(params: Params, config: nn.DecoderConfig) -> Params:

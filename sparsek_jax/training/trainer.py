@@ -32,7 +32,7 @@ from sparsek_jax.training.initial import initial_params
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from sparsek_jax.training.parameters import ModelDefinition, define, split
+from sparsek_jax.training.parameters import ModelDefinition, define, is_scorer, split
 from sparsek_jax.training.signals import stop_signals
 from sparsek_jax.training.workdir import (
     check_same_corpus,
@@ -214,14 +214,18 @@ def train_step(
         "bad_in_row": (counters["bad_in_row"] + 1) * bad,
         "updates": counters["updates"] + 1 - bad,
     }
+    update = counters["updates"] - 1 + bad
     metrics = {
         "loss": mean_nats,
         "gradient_norm": norm,
-        "learning_rate": learning_rate_schedule(config)(counters["updates"] - 1 + bad),
+        "learning_rate": learning_rate_schedule(config)(update),
         "targets": num_targets,
         "skipped_steps": counters["skipped"],
         "bad_in_row": counters["bad_in_row"],
     }
+    if config.optimizer.scorer_learning_rate or config.optimizer.freeze_steps:
+        schedule = learning_rate_schedule(config, scorers=True)
+        metrics["scorer_learning_rate"] = schedule(update)
     new_state = {"params": params, "optimizer": {"inner": inner, "counters": counters}}
     return new_state, metrics
 
@@ -432,7 +436,7 @@ def log_run(config: ml_collections.ConfigDict, corpus: Corpus, definition: Model
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     devices = jax.devices()
     sizes = {name: math.prod(x.shape) for name, x in definition.abstract.items()}
-    scorer = sum(size for name, size in sizes.items() if ".scorer." in name)
+    scorer = sum(size for name, size in sizes.items() if is_scorer(name))
     print(f"Python {platform.python_version()}, {versions}")
     print(f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
     train_split = corpus.splits["train"]

@@ -17,9 +17,10 @@ from sparsek_jax.data import Corpus, Tokenizer, load_tokenizer
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER, tokenizer_fingerprint
 from sparsek_jax.training.config import ConfigError, default_config
 
-# What a run may not change when it resumes: the model, and the order of its data.
+# What a run may not change when it resumes: the model, the order of its data, and what the
+# optimizer's state consists of.
 _FIXED_SECTIONS = ("model", "attention", "data")
-_FIXED_FIELDS = ("seed", "init_from", "train.batch_size")
+_FIXED_FIELDS = ("seed", "init_from", "train.batch_size", "optimizer.freeze_steps")
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 
