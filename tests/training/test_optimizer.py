@@ -174,6 +174,7 @@ def test_a_run_stopped_while_frozen_goes_on_to_the_bit(tmp_path, monkeypatch):
     config = make_config(freeze_steps=3, scorer_learning_rate=1e-2, layer_decay=0.5)
     config.data.update(glob=f"{corpus}/*.txt", root=f"{corpus}/prepared", seq_len=16)
     config.sample.length = 0
+    config.attention.implementation = "reference"  # which compiles fastest
     config.train.update(steps=5, batch_size=2, eval_every=0, eval_batches=1, log_every=1)
     straight = trainer.train(config, tmp_path / "straight")
 
