@@ -7,11 +7,16 @@ r"""Continues the training of SmolLM2-135M on long documents, with 16k tokens of
         --to=runs/tuned/nats.json texts/held_out/*/*.txt
 
 What follows the colon is the imported model. Other attention is trained on the same rows and as
-many tokens by the same command with another --workdir and
+many tokens by the same command with another --workdir and one of these; but for the first two, each
+query attends to as many keys:
 
     --config.attention.num_selected=1024                                          k = 1024, w = 512
     --config.attention.kind=dense
-    --config.attention.kind=window --config.attention.sliding_window=1024         as many keys
+    --config.attention.kind=window --config.attention.sliding_window=1024
+    --config.attention.kind=sinks --config.attention.num_selected=4 \
+        --config.attention.sliding_window=1020
+    --config.attention.kind=random
+    --config.attention.kind=key_norm
 
 The recipe: 100 steps of 65,536 tokens, about one epoch of what the first command writes with
 --max_bytes=20000000. In the first 20 nothing but the scorers learns, which start at random; then
