@@ -55,13 +55,13 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     config = load_config(workdir)
     tokenizer = load_run_tokenizer(workdir, config)
     model_config = decoder_config(config, tokenizer.vocab_size)
-    fields = huggingface_config(model_config, _context_length(workdir, config)) | {
+    fields = huggingface_config(model_config, trained_context(workdir, config)) | {
         "torch_dtype": dtype,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
     }
-    files = _tokenizer_files(workdir, config, tokenizer)
-    params, step = _restore(workdir, model_config)
+    files = tokenizer_files(workdir, config, tokenizer)
+    params, step = restore_on_host(workdir, model_config)
     # NumPy's slices are views.
     params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, model_config)
     tensors = layout(model_config)
@@ -80,7 +80,18 @@ def _joined(tensors: Iterable[Tensor], params: Params) -> Iterator[np.ndarray]:
         yield tensor.join(*(params.pop(name) for name in tensor.params))
 
 
-def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Params, int]:
+def restore_on_host(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Params, int]:
+    """Loads the newest weights to the host, and the step they are from.
+
+    Args:
+      workdir: Directory of the run or import.
+      config: Of its decoder.
+
+    Raises:
+      FileNotFoundError: It holds no checkpoint.
+      ConfigError: The weights are those of another decoder.
+      CheckpointError: Checkpoints exist but none is intact.
+    """
     definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     abstract = {
@@ -93,7 +104,7 @@ def _restore(workdir: str | os.PathLike, config: nn.DecoderConfig) -> tuple[Para
         raise ConfigError(str(error)) from error
 
 
-def _context_length(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> int:
+def trained_context(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> int:
     """Tokens in a row that the weights have seen, in this run or where it started from."""
     lengths = [config.data.seq_len]
     origin = imported_from(workdir)
@@ -101,13 +112,20 @@ def _context_length(workdir: str | os.PathLike, config: ml_collections.ConfigDic
         lengths.append(origin["context_length"])
     # What a run started from may be gone.
     if config.init_from and (Path(config.init_from) / "config.json").is_file():
-        lengths.append(_context_length(config.init_from, load_config(config.init_from)))
+        lengths.append(trained_context(config.init_from, load_config(config.init_from)))
     return max(lengths)
 
 
-def _tokenizer_files(
+def tokenizer_files(
     workdir: str | os.PathLike, config: ml_collections.ConfigDict, tokenizer: Tokenizer
 ) -> dict[str, bytes]:
+    """Contents, by name, of the files of a Hugging Face tokenizer with the ids of a run's.
+
+    Args:
+      workdir: Directory of the run or import.
+      config: Its configuration.
+      tokenizer: Its tokenizer.
+    """
     spec = config.data.tokenizer
     if spec == "bytes":
         return _byte_tokenizer(tokenizer)

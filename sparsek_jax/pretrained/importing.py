@@ -24,7 +24,7 @@ from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import decoder_config, default_config
 from sparsek_jax.training.workdir import save_import
 
-_TOKENIZER = "tokenizer"  # directory of its files in the workdir
+TOKENIZER = "tokenizer"  # directory of its files in the workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def import_model(
     source = open_source(path)
     config, model_config, tensors = planned(source, options)
     with staged(workdir) as staging:
-        directory = staging / _TOKENIZER
+        directory = staging / TOKENIZER
         directory.mkdir()
         for name, content in source.tokenizer.items():
             (directory / name).write_bytes(content)

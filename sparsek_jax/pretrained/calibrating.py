@@ -1,0 +1,149 @@
+"""A directory's weights with scorers that start from a text, in a new directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from sparsek_jax.data import Tokenizer
+from sparsek_jax.pretrained.directories import check_new, staged
+from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
+from sparsek_jax.pretrained.importing import TOKENIZER
+from sparsek_jax.pretrained.scorer_start import DEFAULT_SCALE, METHODS, Method, scorer_kernels
+from sparsek_jax.training.checkpoint import save_params
+from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.parameters import stack_layers, unstack_layers
+from sparsek_jax.training.workdir import load_config, load_run_tokenizer, save_import
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """What a calibration did.
+
+    Attributes:
+      step: That the weights are from.
+      layers: Indices of those that got a scorer.
+      num_tokens: That were read.
+    """
+
+    step: int
+    layers: tuple[int, ...]
+    num_tokens: int
+
+
+def calibrate_model(
+    workdir: str | os.PathLike,
+    to: Path,
+    texts: Sequence[Path],
+    *,
+    method: Method = "attention_mass",
+    scale: float = DEFAULT_SCALE,
+    timestep_norm: bool | None = None,
+    length: int = 2048,
+    max_rows: int = 4,
+) -> Calibrated:
+    """Writes the newest weights of a run or import with new scorers; all other weights stay.
+
+    Args:
+      workdir: Directory of the run or import.
+      to: Directory to make; it is like an import's.
+      texts: UTF-8 files to read. Every one is cut into rows, and what does not fill one is left
+        out.
+      method: One of `METHODS`.
+      scale: Standard deviation of the scores over the text; with TimestepNorm, its gain.
+      timestep_norm: Whether the scorers have a TimestepNorm; None: as in `workdir`.
+      length: Tokens in a row.
+      max_rows: Most rows of one text, the first ones.
+
+    Returns:
+      What was done.
+
+    Raises:
+      FileNotFoundError: `workdir` holds no run or no checkpoint.
+      OSError: A text cannot be read, or `to` not be written.
+      ConfigError: No layer has a scorer, no text fills a row, a row is no longer than the window,
+        or an argument is out of range.
+      CheckpointError: Checkpoints exist but none is intact.
+    """
+    check_new("to", to)
+    if method not in METHODS:
+        raise ConfigError(f"--method={method!r}; expected one of {', '.join(METHODS)}")
+    if not 0 < scale < float("inf"):
+        raise ConfigError(f"--scale={scale}; expected a finite number above 0")
+    config = load_config(workdir)
+    tokenizer = load_run_tokenizer(workdir, config)
+    source = decoder_config(config, tokenizer.vocab_size)
+    kinds = [source.attention.layer_kind(i) for i in range(source.num_layers)]
+    if "sparsek" not in kinds:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has no layer of kind sparsek, and so no scorers; expected "
+            "some (convert.py import --kind=sparsek, or --pattern)"
+        )
+    window = source.attention.sliding_window
+    if length <= window:
+        raise ConfigError(
+            f"--length={length}; expected more than attention.sliding_window={window}, so that "
+            "queries see keys beyond their window"
+        )
+    tokens = _rows(tokenizer, texts, length, max_rows)
+    files = tokenizer_files(workdir, config, tokenizer)
+    context = trained_context(workdir, config)
+    params, step = restore_on_host(workdir, source)
+    if timestep_norm is not None:
+        config.attention.timestep_norm = timestep_norm
+    config.init_from = ""  # The weights are here.
+    params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, source)
+    params = {name: x for name, x in params.items() if ".scorer." not in name}
+    normed = config.attention.timestep_norm
+    scorers = {}
+    kernels = scorer_kernels(params, source, tokens, method=method, scale=1 if normed else scale)
+    for layer, kernel in kernels:
+        prefix = f"layers.{layer}.attention.scorer"
+        scorers[f"{prefix}.kernel"] = kernel
+        if normed:
+            scorers[f"{prefix}.norm.gain"] = np.full(kernel.shape[1:], scale, np.float32)
+    record = {
+        "path": str(Path(workdir).absolute()),
+        "step": step,
+        "context_length": context,
+        "calibration": {"method": method, "scale": scale, "texts": [str(path) for path in texts]},
+    }
+    with staged(to) as staging:
+        directory = staging / TOKENIZER
+        directory.mkdir()
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        save_import(staging, config, tokenizer=directory / "tokenizer.json", source=record)
+        written = stack_layers(params | scorers, source)
+        save_params(staging, {name: jnp.asarray(x) for name, x in written.items()})
+    layers = tuple(i for i, kind in enumerate(kinds) if kind == "sparsek")
+    return Calibrated(step=step, layers=layers, num_tokens=tokens.size)
+
+
+def _rows(
+    tokenizer: Tokenizer, texts: Sequence[Path], length: int, max_rows: int
+) -> Int[np.ndarray, "R T"]:
+    rows, found = [], []
+    for path in texts:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--text={str(path)!r}: {error}; expected UTF-8 text") from error
+        # A token stands for one character at least in sane texts, and rarely for more than 16.
+        ids = tokenizer.encode(text[: 64 * length * max_rows])
+        found.append(f"{path} {len(ids)}")
+        count = min(len(ids) // length, max_rows)
+        rows.append(np.asarray(ids[: count * length]).reshape(count, length))
+    tokens = np.concatenate(rows)
+    if not len(tokens):
+        raise ConfigError(
+            f"--text holds too few tokens ({', '.join(found)}); expected at least "
+            f"--length={length} in one file"
+        )
+    return tokens
