@@ -41,7 +41,7 @@ _TEXT = flags.DEFINE_list("text", None, "Files to calibrate on, none of those to
 _METHOD = flags.DEFINE_enum("method", METHODS[0], METHODS, "What the scorers start from.")
 _SCALE = flags.DEFINE_float("scale", DEFAULT_SCALE, "Standard deviation of the scores.")
 _TIMESTEP_NORM = flags.DEFINE_boolean(
-    "timestep_norm", None, "Whether scores are normalised over time; as before by default."
+    "timestep_norm", False, "Whether the new scores are normalised over time."
 )
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens in a row of a text.", 2)
 _ROWS = flags.DEFINE_integer("rows", 4, "Most rows of a text, the first ones.", 1)

@@ -44,7 +44,7 @@ def calibrate_model(
     *,
     method: Method = "attention_mass",
     scale: float = DEFAULT_SCALE,
-    timestep_norm: bool | None = None,
+    timestep_norm: bool = False,
     length: int = 2048,
     max_rows: int = 4,
 ) -> Calibrated:
@@ -53,11 +53,11 @@ def calibrate_model(
     Args:
       workdir: Directory of the run or import.
       to: Directory to make; it is like an import's.
-      texts: UTF-8 files to read. Every one is cut into rows, and what does not fill one is left
-        out.
+      texts: UTF-8 files to read.
       method: One of `METHODS`.
       scale: Standard deviation of the scores over the text; with TimestepNorm, its gain.
-      timestep_norm: Whether the scorers have a TimestepNorm; None: as in `workdir`.
+      timestep_norm: Whether the new scorers have a TimestepNorm, whatever those of `workdir` have.
+        It makes the first token's score 0, and so loses the token that many models attend to most.
       length: Tokens in a row.
       max_rows: Most rows of one text, the first ones.
 
@@ -91,22 +91,23 @@ def calibrate_model(
             f"--length={length}; expected more than attention.sliding_window={window}, so that "
             "queries see keys beyond their window"
         )
-    tokens = _rows(tokenizer, texts, length, max_rows)
+    tokens = calibration_rows(tokenizer, texts, length=length, max_rows=max_rows)
     files = tokenizer_files(workdir, config, tokenizer)
     context = trained_context(workdir, config)
     params, step = restore_on_host(workdir, source)
-    if timestep_norm is not None:
-        config.attention.timestep_norm = timestep_norm
+    config.attention.timestep_norm = timestep_norm
     config.init_from = ""  # The weights are here.
     params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, source)
     params = {name: x for name, x in params.items() if ".scorer." not in name}
-    normed = config.attention.timestep_norm
     scorers = {}
-    kernels = scorer_kernels(params, source, tokens, method=method, scale=1 if normed else scale)
-    for layer, kernel in kernels:
+    found = scorer_kernels(
+        params, source, tokens, methods=(method,), scale=1.0 if timestep_norm else scale
+    )
+    for layer, kernels in found:
+        kernel = kernels[method]
         prefix = f"layers.{layer}.attention.scorer"
         scorers[f"{prefix}.kernel"] = kernel
-        if normed:
+        if timestep_norm:
             scorers[f"{prefix}.norm.gain"] = np.full(kernel.shape[1:], scale, np.float32)
     record = {
         "path": str(Path(workdir).absolute()),
@@ -126,16 +127,28 @@ def calibrate_model(
     return Calibrated(step=step, layers=layers, num_tokens=tokens.size)
 
 
-def _rows(
-    tokenizer: Tokenizer, texts: Sequence[Path], length: int, max_rows: int
+def calibration_rows(
+    tokenizer: Tokenizer, texts: Sequence[Path], *, length: int, max_rows: int
 ) -> Int[np.ndarray, "R T"]:
+    """Cuts texts into rows; what does not fill one is left out.
+
+    Args:
+      tokenizer: That of the model.
+      texts: UTF-8 files.
+      length: T, tokens in a row.
+      max_rows: Most rows of one text, the first ones.
+
+    Raises:
+      OSError: A file cannot be read.
+      ConfigError: A file is not UTF-8, or none fills a row.
+    """
     rows, found = [], []
     for path in texts:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"--text={str(path)!r}: {error}; expected UTF-8 text") from error
-        # A token stands for one character at least in sane texts, and rarely for more than 16.
+        # A long text need not be tokenised whole: few tokens stand for 64 characters.
         ids = tokenizer.encode(text[: 64 * length * max_rows])
         found.append(f"{path} {len(ids)}")
         count = min(len(ids) // length, max_rows)

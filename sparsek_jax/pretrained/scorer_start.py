@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -70,8 +70,9 @@ class Moments:
     xy: Float64[np.ndarray, "D K"]
 
     @classmethod
-    def of(cls, weight: Array, x: Array, y: Array) -> Moments:
-        """The sums over one row: `weight` `[T]`, `x` `[T, D]` and `y` `[T, K]`."""
+    def of(cls, weight: Array, x: Array, y: Array | None) -> Moments:
+        """The sums over one row: `weight` `[T]`, `x` `[T, D]` and `y` `[T, K]`, or no targets."""
+        y = np.zeros((len(x), 0)) if y is None else y
         weight, x, y = (np.asarray(array, np.float64) for array in (weight, x, y))
         weighted = weight[:, None] * x
         return cls(weight.sum(), weighted.sum(0), weight @ y, weighted.T @ x, weighted.T @ y)
@@ -137,10 +138,10 @@ def scorer_kernels(
     config: nn.DecoderConfig,
     tokens: Int[np.ndarray, "R T"],
     *,
-    method: Method = "attention_mass",
+    methods: Sequence[Method] = ("attention_mass",),
     scale: float = DEFAULT_SCALE,
-) -> Iterator[tuple[int, Float32[np.ndarray, "D K"]]]:
-    """Kernels of the scorers of a decoder, layer by layer.
+) -> Iterator[tuple[int, dict[Method, Float32[np.ndarray, "D K"]]]]:
+    """Kernels of the scorers of a decoder, layer by layer, from one pass over a text.
 
     Memory: the hidden states of all tokens, and for one row at a time the attention of 128 queries.
 
@@ -148,12 +149,12 @@ def scorer_kernels(
       params: Of the decoder with every layer by itself (`unstack_layers`); scorers are not used.
       config: Of the decoder. SparseK layers attend densely here, other ones as they are.
       tokens: Rows of text, each a document, longer than the window.
-      method: One of METHODS; the module says what they are.
+      methods: Some of METHODS; the module says what they are.
       scale: Standard deviation of the scores over the text.
 
     Yields:
-      For every SparseK layer its index and the kernel `[d_model, K]`, `[d_model, 1]` where scores
-      are shared.
+      For every SparseK layer its index and every method's kernel, `[d_model, K]`, or `[d_model, 1]`
+      where scores are shared.
     """
     config = dataclasses.replace(config, remat="none", scan_layers=False, dtype="float32")
     programs: dict[str, _Programs] = {}
@@ -164,19 +165,19 @@ def scorer_kernels(
             kind = config.attention.layer_kind(layer)
             used = "dense" if kind == "sparsek" else kind
             if used not in programs:
-                programs[used] = _Programs(config, used, method)
+                programs[used] = _Programs(config, used, methods)
             program = programs[used]
             weights = program.weights(params, layer)
             if kind == "sparsek":
-                yield layer, _kernel(program, weights, hidden, scale)
+                yield layer, program.kernels(weights, hidden, scale)
             hidden = [program.apply(weights, x) for x in hidden]
 
 
 class _Programs:
     """A kind of block, compiled: what it does to a row, and what is observed of its attention."""
 
-    def __init__(self, config: nn.DecoderConfig, kind: str, method: Method):
-        self.config, self.method = config.attention, method
+    def __init__(self, config: nn.DecoderConfig, kind: str, methods: Sequence[Method]):
+        self.config, self.methods = config.attention, methods
         self.definition = define(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
         self.apply = jax.jit(self._apply)
         self.observe = jax.jit(self._observe)
@@ -202,21 +203,41 @@ class _Programs:
         length = x.shape[1]
         seen_by = jnp.maximum(length - config.sliding_window - jnp.arange(length), 0)
         weight = jnp.minimum(seen_by / (_TRUSTED * length), 1.0)
-        if self.method == "attention_mass":
+        targets = {}
+        if "attention_mass" in self.methods:
             positions, frequencies = jnp.arange(length)[None], rotary_frequencies(config)
             rotated = (apply_rotary(h, positions, frequencies=frequencies)[0] for h in (query, key))
             mass = far_attention(*rotated, sliding_window=config.sliding_window)
-            mass = mass / jnp.maximum(seen_by, 1)[:, None]
-            if config.shared_scores:
-                mass = mass.mean(1, keepdims=True)
-            target = jnp.log(jnp.maximum(mass, _LEAST_MASS))
-        elif self.method == "key_norm":
-            target = -jnp.linalg.norm(key[0], axis=-1)
-            if config.shared_scores:
-                target = target.mean(1, keepdims=True)
-        else:
-            target = jnp.zeros((length, 0))
-        return x[0], weight, target, query[0].mean(0)
+            mass = self._shared(mass / jnp.maximum(seen_by, 1)[:, None])
+            targets["attention_mass"] = jnp.log(jnp.maximum(mass, _LEAST_MASS))
+        if "key_norm" in self.methods:
+            targets["key_norm"] = -self._shared(jnp.linalg.norm(key[0], axis=-1))
+        return x[0], weight, targets, query[0].mean(0)
+
+    def _shared(self, x):
+        return x.mean(-1, keepdims=True) if self.config.shared_scores else x
+
+    def kernels(
+        self, weights: Params, hidden: Sequence[Float[Array, "1 T D"]], scale: float
+    ) -> dict[Method, Float32[np.ndarray, "D K"]]:
+        """Every method's kernel of one layer, from the rows that it gets."""
+        observed = [self.observe(weights, x) for x in hidden]
+        found = {}
+        for method in self.methods:
+            moments = functools.reduce(
+                operator.add, (Moments.of(w, x, y.get(method)) for x, w, y, _ in observed)
+            )
+            if method == "mean_query":
+                attention = self.definition.merge(weights).attention
+                query = jnp.mean(jnp.stack([query for *_, query in observed]), axis=0)
+                distances = jnp.arange(self.config.sliding_window, hidden[0].shape[1])
+                kernel = self._shared(mean_query_kernel(attention, query, distances))
+                kernel = np.asarray(kernel, np.float64)
+            else:
+                kernel = ridge(moments)
+            deviation = np.sqrt(np.einsum("dk,de,ek->k", kernel, moments.covariance, kernel))
+            found[method] = (kernel * (scale / np.maximum(deviation, 1e-12))).astype(np.float32)
+        return found
 
 
 def far_attention(
@@ -253,21 +274,3 @@ def far_attention(
 def _heads(x, norm, head_dim):
     x = x.reshape(*x.shape[:2], -1, head_dim)
     return x if norm is None else norm(x)
-
-
-def _kernel(program, weights, hidden, scale):
-    observed = [program.observe(weights, x) for x in hidden]
-    moments = functools.reduce(
-        operator.add, (Moments.of(weight, x, target) for x, weight, target, _ in observed)
-    )
-    if program.method == "mean_query":
-        attention = program.definition.merge(weights).attention
-        query = jnp.mean(jnp.stack([query for *_, query in observed]), axis=0)
-        distances = jnp.arange(program.config.sliding_window, hidden[0].shape[1])
-        kernel = np.asarray(mean_query_kernel(attention, query, distances), np.float64)
-        if program.config.shared_scores:
-            kernel = kernel.mean(1, keepdims=True)
-    else:
-        kernel = ridge(moments)
-    deviation = np.sqrt(np.einsum("dk,de,ek->k", kernel, moments.covariance, kernel))
-    return (kernel * (scale / np.maximum(deviation, 1e-12))).astype(np.float32)

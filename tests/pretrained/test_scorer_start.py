@@ -89,26 +89,23 @@ def test_ridge_recovers_a_planted_linear_score():
     assert np.linalg.norm(ridge(moments, strength=1.0)) < np.linalg.norm(kernel)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scores_have_the_scale_asked_for_and_follow_the_target(method):
+def test_scores_have_the_scale_asked_for_and_follow_the_target():
     _, params = split(nn.Decoder(CONFIG, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 48, (3, 40))
-    kernels = dict(scorer_kernels(params, CONFIG, tokens, method=method, scale=2.0))
-    assert list(kernels) == [0, 1]
+    found = dict(scorer_kernels(params, CONFIG, tokens, methods=METHODS, scale=2.0))
+    assert list(found) == [0, 1]
     x = np.asarray(params["embedding"])[tokens]
-    x *= np.asarray(params["layers.0.attention_norm.scale"]) / np.sqrt(
-        np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps
-    )
-    scores = x @ kernels[0]
+    x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps)
     weight = np.minimum(np.maximum(40 - 4 - np.arange(40), 0) / 10, 1)
-    for head in range(2):
-        values = scores[..., head].ravel()
-        variance = np.cov(values, aweights=np.tile(weight, 3), ddof=0)
-        np.testing.assert_allclose(variance, 4, rtol=1e-3)
-    if method == "key_norm":
-        keys = (x @ np.asarray(params["layers.0.attention.key.kernel"])).reshape(3, 40, 2, 8)
-        norms = np.linalg.norm(keys, axis=-1)
-        assert np.corrcoef(norms[..., 0].ravel(), scores[..., 0].ravel())[0, 1] < -0.3
+    for kernel in found[0].values():
+        for head in range(2):
+            scores = (x @ kernel[:, head]).ravel()
+            variance = np.cov(scores, aweights=np.tile(weight, 3), ddof=0)
+            np.testing.assert_allclose(variance, 4, rtol=1e-3)
+    keys = (x @ np.asarray(params["layers.0.attention.key.kernel"])).reshape(3, 40, 2, 8)
+    lengths = np.linalg.norm(keys[:, :, 0], axis=-1).ravel()
+    scores = (x @ found[0]["key_norm"][:, 0]).ravel()
+    assert np.corrcoef(lengths, scores)[0, 1] < -0.3
 
 
 def test_shared_scores_and_other_kinds_of_layers():
@@ -116,9 +113,9 @@ def test_shared_scores_and_other_kinds_of_layers():
     config = dataclasses.replace(CONFIG, attention=attention)
     _, params = split(nn.Decoder(config, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 48, (2, 40))
-    for method in METHODS:
-        ((layer, kernel),) = scorer_kernels(params, config, tokens, method=method)
-        assert layer == 1
+    ((layer, kernels),) = scorer_kernels(params, config, tokens, methods=METHODS)
+    assert layer == 1
+    for kernel in kernels.values():
         assert kernel.shape == (16, 1)
         assert np.isfinite(kernel).all()
 
@@ -170,7 +167,6 @@ def test_while_all_keys_are_within_reach_the_logits_are_the_dense_ones(method, i
         tmp_path / "new",
         [imported / "text"],
         method=method,
-        timestep_norm=False,
         length=100,
     )
     assert not load_config(tmp_path / "new").attention.timestep_norm
