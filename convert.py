@@ -52,7 +52,7 @@ _COMMANDS = {
     "import": (("from", "workdir"), _ATTENTION),
     "calibrate": (
         ("workdir", "to", "text"),
-        ("method", "scale", "timestep_norm", "length", "rows"),
+        ("method", "scale", "timestep_norm", "gating", "length", "rows"),
     ),
     "export": (("workdir", "to"), ("dtype",)),
     "inspect": (("from",), ()),
@@ -73,6 +73,7 @@ def main(command: str) -> None:
             method=_METHOD.value,
             scale=_SCALE.value,
             timestep_norm=_TIMESTEP_NORM.value,
+            gating=_GATING.value,
             length=_LENGTH.value,
             max_rows=_ROWS.value,
         )

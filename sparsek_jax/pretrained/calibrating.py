@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
 from sparsek_jax.pretrained.directories import check_new, staged
 from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
@@ -45,6 +46,7 @@ def calibrate_model(
     method: Method = "attention_mass",
     scale: float = DEFAULT_SCALE,
     timestep_norm: bool = False,
+    gating: str | None = None,
     length: int = 2048,
     max_rows: int = 4,
 ) -> Calibrated:
@@ -58,6 +60,7 @@ def calibrate_model(
       scale: Standard deviation of the scores over the text; with TimestepNorm, its gain.
       timestep_norm: Whether the new scorers have a TimestepNorm, whatever those of `workdir` have.
         It makes the first token's score 0, and so loses the token that many models attend to most.
+      gating: How gates act, "soft" or "straight_through"; None: as in `workdir`.
       length: Tokens in a row.
       max_rows: Most rows of one text, the first ones.
 
@@ -79,31 +82,23 @@ def calibrate_model(
     config = load_config(workdir)
     tokenizer = load_run_tokenizer(workdir, config)
     source = decoder_config(config, tokenizer.vocab_size)
-    kinds = [source.attention.layer_kind(i) for i in range(source.num_layers)]
-    if "sparsek" not in kinds:
-        raise ConfigError(
-            f"workdir={str(workdir)!r} has no layer of kind sparsek, and so no scorers; expected "
-            "some (convert.py import --kind=sparsek, or --pattern)"
-        )
-    window = source.attention.sliding_window
-    if length <= window:
-        raise ConfigError(
-            f"--length={length}; expected more than attention.sliding_window={window}, so that "
-            "queries see keys beyond their window"
-        )
+    _check_attention(workdir, source, length)
+    config.attention.timestep_norm = timestep_norm
+    config.attention.gating = gating or config.attention.gating
+    config.init_from = ""  # The weights are here.
+    decoder_config(config, tokenizer.vocab_size)  # Checks the gating.
     tokens = calibration_rows(tokenizer, texts, length=length, max_rows=max_rows)
     files = tokenizer_files(workdir, config, tokenizer)
     context = trained_context(workdir, config)
     params, step = restore_on_host(workdir, source)
-    config.attention.timestep_norm = timestep_norm
-    config.init_from = ""  # The weights are here.
     params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, source)
     params = {name: x for name, x in params.items() if ".scorer." not in name}
-    scorers = {}
+    scorers, layers = {}, []
     found = scorer_kernels(
         params, source, tokens, methods=(method,), scale=1.0 if timestep_norm else scale
     )
     for layer, kernels in found:
+        layers.append(layer)
         kernel = kernels[method]
         prefix = f"layers.{layer}.attention.scorer"
         scorers[f"{prefix}.kernel"] = kernel
@@ -123,8 +118,22 @@ def calibrate_model(
         save_import(staging, config, tokenizer=directory / "tokenizer.json", source=record)
         written = stack_layers(params | scorers, source)
         save_params(staging, {name: jnp.asarray(x) for name, x in written.items()})
-    layers = tuple(i for i, kind in enumerate(kinds) if kind == "sparsek")
-    return Calibrated(step=step, layers=layers, num_tokens=tokens.size)
+    return Calibrated(step=step, layers=tuple(layers), num_tokens=tokens.size)
+
+
+def _check_attention(workdir: str | os.PathLike, config: nn.DecoderConfig, length: int) -> None:
+    attention = config.attention
+    if not any(attention.layer_kind(i) == "sparsek" for i in range(config.num_layers)):
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has no layer of kind sparsek, and so no scorers; expected "
+            "some (convert.py import --kind=sparsek, or --pattern)"
+        )
+    if length <= attention.sliding_window:
+        raise ConfigError(
+            f"--length={length}; expected more than "
+            f"attention.sliding_window={attention.sliding_window}, so that queries see keys beyond "
+            "their window"
+        )
 
 
 def calibration_rows(

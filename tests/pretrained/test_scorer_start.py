@@ -141,6 +141,7 @@ def test_the_command_changes_scorers_only(imported, tmp_path):
         "--length=64",
         "--scale=2",
         "--timestep_norm",
+        "--gating=straight_through",
     )
     assert result.returncode == 0, result.stderr
     assert "new scorers in 2 layers from 192 tokens" in result.stdout
@@ -153,6 +154,7 @@ def test_the_command_changes_scorers_only(imported, tmp_path):
             assert not np.allclose(after[name], array)
         else:
             np.testing.assert_array_equal(after[name], array, err_msg=name)
+    assert load_config(tmp_path / "new").attention.gating == "straight_through"
     record = json.loads((tmp_path / "new" / "run.json").read_text())["imported"]
     assert record["calibration"]["texts"] == [str(text)]
     assert record["context_length"] > 0
@@ -201,6 +203,7 @@ def test_stacked_layers_get_the_same_scorers(imported, tmp_path):
         ({"length": 4}, "--length=4; expected more than attention.sliding_window=4"),
         ({"method": "zero"}, "--method='zero'; expected one of attention_mass"),
         ({"scale": 0.0}, r"--scale=0.0; expected a finite number above 0"),
+        ({"gating": "hard"}, "attention.gating='hard'; expected one of"),
         ({"texts": ["missing"]}, "No such file.*missing"),
         ({"texts": ["binary"]}, "binary'.*expected UTF-8 text"),
     ],
