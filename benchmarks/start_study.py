@@ -164,7 +164,8 @@ def _layers(study, kernels, size, hard):
 
 def _budgets(study, kernels, size, hard):
     kernels = kernels["attention_mass"]
-    for selected, window in ((size // 2, size // 2), (3 * size // 2, size // 2), (2 * size,) * 2):
+    half = size // 2
+    for selected, window in ((half, 3 * half), (3 * half, half), (half, half), (2 * size,) * 2):
         budget = {"num_selected": selected, "sliding_window": window}
         study.line(f"k = {selected}, w = {window}", ["sparsek"], kernels, **hard | budget)
     study.line(f"window only, w = {4 * size}", ["window"], sliding_window=4 * size)

@@ -39,7 +39,8 @@ from sparsek_jax.training.parameters import Params, define
 Method = Literal["attention_mass", "mean_query", "key_norm"]
 METHODS: tuple[str, ...] = get_args(Method)
 
-DEFAULT_SCALE = 1.0
+# With which soft gates start almost as close to dense attention as hard ones (docs/pretrained.md).
+DEFAULT_SCALE = 4.0
 
 # Of the mean variance of a channel: what is added to the covariance's diagonal.
 _RIDGE = 0.01
