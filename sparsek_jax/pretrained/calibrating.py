@@ -19,7 +19,7 @@ from sparsek_jax.pretrained.importing import TOKENIZER
 from sparsek_jax.pretrained.scorer_start import DEFAULT_SCALE, METHODS, Method, scorer_kernels
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.parameters import stack_layers, unstack_layers
+from sparsek_jax.training.parameters import is_scorer, stack_layers, unstack_layers
 from sparsek_jax.training.workdir import load_config, load_run_tokenizer, save_import
 
 
@@ -92,7 +92,7 @@ def calibrate_model(
     context = trained_context(workdir, config)
     params, step = restore_on_host(workdir, source)
     params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, source)
-    params = {name: x for name, x in params.items() if ".scorer." not in name}
+    params = {name: x for name, x in params.items() if not is_scorer(name)}
     scorers, layers = {}, []
     found = scorer_kernels(
         params, source, tokens, methods=(method,), scale=1.0 if timestep_norm else scale

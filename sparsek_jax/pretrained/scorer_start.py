@@ -171,7 +171,7 @@ def scorer_kernels(
             weights = program.weights(params, layer)
             if kind == "sparsek":
                 yield layer, program.kernels(weights, hidden, scale)
-            hidden = [program.apply(weights, x) for x in hidden]
+            hidden = [program.apply(weights, x, layer) for x in hidden]
 
 
 class _Programs:
@@ -189,10 +189,10 @@ class _Programs:
             name: jnp.asarray(params[f"layers.{layer}.{name}"]) for name in self.definition.abstract
         }
 
-    def _apply(self, weights, hidden):
+    def _apply(self, weights, hidden, layer):
         positions = jnp.arange(hidden.shape[1])[None]
         block = self.definition.merge(weights)
-        return block(hidden, positions=positions, segment_ids=None, sharding=None)[0]
+        return block(hidden, positions=positions, segment_ids=None, sharding=None, layer=layer)[0]
 
     def _observe(self, weights, hidden):
         """Of one row: inputs of the scorer, weights and targets, and the mean query."""

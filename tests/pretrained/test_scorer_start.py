@@ -12,7 +12,7 @@ from flax import nnx
 
 from sparsek_jax import nn
 from sparsek_jax.generation.loading import load_run
-from sparsek_jax.nn.attention import DenseAttention
+from sparsek_jax.nn import DenseAttention
 from sparsek_jax.pretrained.calibrating import calibrate_model
 from sparsek_jax.pretrained.families import AttentionOptions
 from sparsek_jax.pretrained.importing import import_model
