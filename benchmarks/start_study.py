@@ -73,7 +73,7 @@ class Study:
                     weights[name] = jnp.full(shape.shape, gain, jnp.float32)
                 else:
                     weights[name] = self.params[f"layers.{layer}.{name}"]
-            x = apply(weights, x)
+            x = apply(weights, x, layer)
         return np.asarray(_nats(*self.norm, self.table, x, self.tokens))
 
     def line(self, name, *arguments, **options):
@@ -90,10 +90,10 @@ def _block(config, kind):
     definition = define(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
 
     @jax.jit
-    def apply(weights, x):
+    def apply(weights, x, layer):
         positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         block = definition.merge(weights)
-        return block(x, positions=positions, segment_ids=None, sharding=None)[0]
+        return block(x, positions=positions, segment_ids=None, sharding=None, layer=layer)[0]
 
     return definition, apply
 
