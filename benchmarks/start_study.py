@@ -117,10 +117,7 @@ def _starts(study, kernels, size, hard):
     # A tie goes to the older key: without a slope, zero keeps what came first.
     study.line("window only, w = 2k", ["window"], sliding_window=2 * size)
     study.line(
-        "window and the first 4 keys",
-        ["sparsek"],
-        zero,
-        **hard | {"slope": 0.0, "num_selected": 4, "sliding_window": 2 * size - 4},
+        "window and the first 4 keys", ["sinks"], num_selected=4, sliding_window=2 * size - 4
     )
     study.line("zero without slope: the first k keys", ["sparsek"], zero, **hard | {"slope": 0.0})
     random = [rng.normal(size=shape) / np.sqrt(shape[0]) for _ in layers]
