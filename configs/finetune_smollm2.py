@@ -2,13 +2,14 @@ r"""Continues the training of SmolLM2-135M on long documents, with 16k tokens of
 
     python -m sparsek_jax.data.long_documents ...    # as its docstring has it; writes texts/
     python convert.py import --from=$GGUF --workdir=runs/smollm2    # docs/pretrained.md has $GGUF
-    python train.py --config=configs/finetune_smollm2.py:runs/smollm2 --workdir=runs/tuned
+    python convert.py calibrate --workdir=runs/smollm2 --to=runs/started --text=FILE,FILE,FILE
+    python train.py --config=configs/finetune_smollm2.py:runs/started --workdir=runs/tuned
     python -m benchmarks.text_nats --workdir=runs/tuned --tokens=16384 --pieces=4 --buckets=8 \
         --to=runs/tuned/nats.json texts/held_out/*/*.txt
 
-What follows the colon is the imported model. Other attention is trained on the same rows and as
-many tokens by the same command with another --workdir and one of these; but for the first two, each
-query attends to as many keys:
+The calibration texts are some of texts/train, one of each kind. What follows the colon is the model
+to start from. Other attention is trained on the same rows and as many tokens by the same command
+with another --workdir and one of these; but for the first two, each query attends to as many keys:
 
     --config.attention.num_selected=1024                                          k = 1024, w = 512
     --config.attention.kind=dense
@@ -19,8 +20,8 @@ query attends to as many keys:
     --config.attention.kind=key_norm
 
 The recipe: 100 steps of 65,536 tokens, about one epoch of what the first command writes with
---max_bytes=20000000. In the first 20 nothing but the scorers learns, which start at random; then
-everything does, after a warm-up of its own. Attention without scorers learns from the first step.
+--max_bytes=20000000. In the first 20 nothing but the scorers learns; then everything does, after a
+warm-up of its own. Attention without scorers learns from the first step.
 RoPE's theta is 4e5 for all, four times that of the model, whose context was 8,192.
 
 Reproduces no paper result. Not yet run on a GPU: learning rates and the number of frozen steps are
@@ -50,7 +51,7 @@ def get_config(imported: str) -> ml_collections.ConfigDict:
     config.data.seq_len = 16384
     config.data.shuffle_window = 64
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.scorer_learning_rate = 2e-3
+    config.optimizer.scorer_learning_rate = 5e-4
     config.optimizer.freeze_steps = 20
     config.optimizer.warmup_steps = 10
     config.optimizer.weight_decay = 0.01
