@@ -13,9 +13,8 @@ from jaxtyping import Int
 
 from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
-from sparsek_jax.pretrained.directories import check_new, staged
+from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
-from sparsek_jax.pretrained.importing import TOKENIZER
 from sparsek_jax.pretrained.scorer_start import DEFAULT_SCALE, METHODS, Method, scorer_kernels
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import ConfigError, decoder_config
@@ -111,11 +110,8 @@ def calibrate_model(
         "calibration": {"method": method, "scale": scale, "texts": [str(path) for path in texts]},
     }
     with staged(to) as staging:
-        directory = staging / TOKENIZER
-        directory.mkdir()
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        save_import(staging, config, tokenizer=directory / "tokenizer.json", source=record)
+        tokenizer_path = write_files(staging / "tokenizer", files) / "tokenizer.json"
+        save_import(staging, config, tokenizer=tokenizer_path, source=record)
         written = stack_layers(params | scorers, source)
         save_params(staging, {name: jnp.asarray(x) for name, x in written.items()})
     return Calibrated(step=step, layers=tuple(layers), num_tokens=tokens.size)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sparsek_jax.pretrained.source import ConversionError
@@ -46,3 +46,11 @@ def staged(directory: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # Somebody else may use it by now.
                 parent.rmdir()
         raise
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes files by name into a directory, which is made if need be, and returns it."""
+    directory.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return directory

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER
-from sparsek_jax.pretrained.directories import check_new, staged
+from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.families import huggingface_config
 from sparsek_jax.pretrained.huggingface import TOKENIZER_FILES, write_json, write_weights
 from sparsek_jax.pretrained.layout import Tensor, layout
@@ -67,8 +67,7 @@ def export_model(workdir: str | os.PathLike, to: Path, *, dtype: str = "float32"
     tensors = layout(model_config)
     with staged(to) as staging:
         write_json(staging / "config.json", fields)
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
+        write_files(staging, files)
         shapes = {tensor.name: tensor.shape for tensor in tensors}
         write_weights(staging, shapes, dtype, _joined(tensors, params))
     return step

@@ -9,7 +9,7 @@ import ml_collections
 
 from sparsek_jax import nn
 from sparsek_jax.data.tokenizer import HuggingFaceTokenizer
-from sparsek_jax.pretrained.directories import check_new, staged
+from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.families import (
     DEFAULT_OPTIONS,
     AttentionOptions,
@@ -23,8 +23,6 @@ from sparsek_jax.pretrained.weights import Plan, plan, read_parameters
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import decoder_config, default_config
 from sparsek_jax.training.workdir import save_import
-
-TOKENIZER = "tokenizer"  # directory of its files in the workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +83,7 @@ def import_model(
     source = open_source(path)
     config, model_config, tensors = planned(source, options)
     with staged(workdir) as staging:
-        directory = staging / TOKENIZER
-        directory.mkdir()
-        for name, content in source.tokenizer.items():
-            (directory / name).write_bytes(content)
-        tokenizer = directory / "tokenizer.json"
+        tokenizer = write_files(staging / "tokenizer", source.tokenizer) / "tokenizer.json"
         _check_tokenizer(source, tokenizer, config.model.vocab_size)
         record = {
             "path": str(path.absolute()),
