@@ -288,6 +288,8 @@ class SparseKAttention(SelectiveAttention):
             1 if config.shared_scores else config.num_kv_heads,
             timestep_norm=config.timestep_norm,
             slope=config.slope,
+            learned_slope=config.learned_slope,
+            num_sinks=config.num_sinks,
             rngs=rngs,
         )
 

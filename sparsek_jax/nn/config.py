@@ -41,6 +41,8 @@ class AttentionConfig:
       shared_scores: SparseK's scorer gives one score for all KV heads instead of one for each.
       timestep_norm: It normalises scores causally.
       slope: What its scores gain per position.
+      learned_slope: Each score learns such a gain in addition: how fast its head forgets.
+      num_sinks: First tokens of a document that SparseK always selects, among the k.
     """
 
     kind: str = "sparsek"
@@ -65,6 +67,8 @@ class AttentionConfig:
     shared_scores: bool = False
     timestep_norm: bool = True
     slope: float = 1e-6
+    learned_slope: bool = False
+    num_sinks: int = 0
 
     def __post_init__(self):
         expect = functools.partial(_expect, self, "attention")
@@ -88,7 +92,8 @@ class AttentionConfig:
         expect(
             "implementation", self.implementation in implementations, f"one of {implementations}"
         )
-        for field in ("qk_norm", "qkv_bias", "out_bias", "shared_scores", "timestep_norm"):
+        flags = ("qk_norm", "qkv_bias", "out_bias", "shared_scores", "timestep_norm")
+        for field in (*flags, "learned_slope"):
             expect(field, isinstance(getattr(self, field), bool), "True or False")
         positive = ("rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
         for field in (*positive, "rotary_fraction", "slope"):
@@ -110,6 +115,11 @@ class AttentionConfig:
             f"a part of attention.head_dim={self.head_dim} that is an even number of channels",
         )
         expect("slope", self.slope >= 0, "at least 0")
+        expect(
+            "num_sinks",
+            _is_int(self.num_sinks, 0) and self.num_sinks <= self.num_selected,
+            f"an int from 0 to attention.num_selected={self.num_selected}",
+        )
 
     @property
     def rotary_dim(self) -> int:

@@ -1,5 +1,6 @@
 """The scoring network: one importance score per key, independent of the query."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -8,12 +9,18 @@ from sparsek_jax.nn.norms import TimestepNorm, TimestepState
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
+# Positions that a learned slope is per, so that it is about as large as other parameters.
+SLOPE_UNIT = 1024
+# Score of a sink where later ones are not known: above all that slopes add in long documents.
+_SINK_SCORE = 1e6
+
 
 class ScoringNetwork(nnx.Module):
     """Scores `u = TimestepNorm(x w) + slope * position` (arXiv 2406.16747, section 3).
 
     The slope is added after the norm and not divided by the length: newer keys gain for good, so
-    that a key once dropped never returns.
+    that a key once dropped never returns. That holds for any slope; a learned one is the rate at
+    which a head forgets.
     """
 
     def __init__(
@@ -23,6 +30,8 @@ class ScoringNetwork(nnx.Module):
         *,
         timestep_norm: bool = True,
         slope: float = 1e-6,
+        learned_slope: bool = False,
+        num_sinks: int = 0,
         rngs: nnx.Rngs,
     ):
         """Initialises the network.
@@ -32,12 +41,17 @@ class ScoringNetwork(nnx.Module):
           num_scores: Scores per position: the KV heads, or 1.
           timestep_norm: Whether scores are normalised over time.
           slope: Added per position within the document.
+          learned_slope: Whether each score learns a slope in addition, from 0.
+          num_sinks: First tokens of a document whose keys have the highest scores, whatever they
+            are: they are always selected, with gates of 1.
           rngs: Source of the initial weights.
         """
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (d_model, num_scores), jnp.float32))
         self.norm = TimestepNorm(num_scores) if timestep_norm else None
-        self.slope = slope
+        self.slope, self.num_sinks = slope, num_sinks
+        # Per SLOPE_UNIT positions.
+        self.head_slope = nnx.Param(jnp.zeros(num_scores, jnp.float32)) if learned_slope else None
 
     def __call__(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
@@ -48,7 +62,10 @@ class ScoringNetwork(nnx.Module):
         scores = self._project(x)
         if self.norm is not None:
             scores = self.norm(scores, start)
-        return self._sloped(scores, jnp.arange(length) - start)
+        positions = jnp.arange(length) - start
+        scores = self._sloped(scores, positions)
+        # No higher than need be: thresholds are found within the range of the scores.
+        return self._with_sinks(scores, positions, 2.0 + scores.max(axis=1, keepdims=True))
 
     def extend(
         self,
@@ -73,10 +90,19 @@ class ScoringNetwork(nnx.Module):
         scores = self._project(x)
         if self.norm is not None:
             state, scores = self.norm.extend(scores, state, num_tokens)
-        return state, self._sloped(scores, positions)
+        return state, self._with_sinks(self._sloped(scores, positions), positions, _SINK_SCORE)
 
     def _project(self, x):
         return einsum_f32("btd,dk->btk", x.astype(jnp.float32), self.kernel[...])
 
     def _sloped(self, scores, positions):
-        return scores + self.slope * positions[:, :, None].astype(jnp.float32)
+        slope = self.slope
+        if self.head_slope is not None:
+            slope = slope + self.head_slope[...] / SLOPE_UNIT
+        return scores + slope * positions[:, :, None].astype(jnp.float32)
+
+    def _with_sinks(self, scores, positions, highest):
+        if not self.num_sinks:
+            return scores
+        is_sink = positions[:, :, None] < self.num_sinks
+        return jnp.where(is_sink, jax.lax.stop_gradient(highest), scores)

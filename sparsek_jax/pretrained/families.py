@@ -23,6 +23,8 @@ _ENTRY_FIELDS = (
     "shared_scores",
     "timestep_norm",
     "slope",
+    "learned_slope",
+    "num_sinks",
 )
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -147,6 +147,8 @@ def _scorer(config, layer, name):
     yield _transposed(f"{name}.scorer.weight", shape, f"{param}.kernel")
     if attention.timestep_norm:
         yield _same(f"{name}.scorer.norm.weight", (num_scores,), f"{param}.norm.gain")
+    if attention.learned_slope:
+        yield _same(f"{name}.scorer.slope", (num_scores,), f"{param}.head_slope")
 
 
 def _fused_qkv(name, param, d_model, attention):

@@ -156,10 +156,13 @@ def _new_scorers(config: nn.DecoderConfig, seed: int) -> Params:
             1 if attention.shared_scores else attention.num_kv_heads,
             timestep_norm=attention.timestep_norm,
             slope=attention.slope,
+            learned_slope=attention.learned_slope,
             rngs=rngs,
         )
         prefix = f"layers.{i}.attention.scorer"
         params[f"{prefix}.kernel"] = jnp.asarray(scorer.kernel[...])
         if scorer.norm is not None:
             params[f"{prefix}.norm.gain"] = jnp.asarray(scorer.norm.gain[...])
+        if scorer.head_slope is not None:
+            params[f"{prefix}.head_slope"] = jnp.asarray(scorer.head_slope[...])
     return params

@@ -67,7 +67,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.rotary_fraction = 1.0
     config.attention.shared_scores = False
     config.attention.timestep_norm = True
-    config.attention.slope = 1e-6
+    config.attention.slope = 1e-6  # what scores gain per position
+    config.attention.learned_slope = False  # each score learns a slope in addition, from 0
+    config.attention.num_sinks = 0  # first tokens of a document that "sparsek" always selects
 
     config.data = default_data_config()
 

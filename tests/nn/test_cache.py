@@ -28,6 +28,7 @@ VARIANTS = {
     "straight_through": {"gating": "straight_through"},
     "no window": {"sliding_window": 0},
     "shared scores": {"shared_scores": True},
+    "kept sinks": {"num_sinks": 2, "learned_slope": True},
     "window": {"kind": "window"},
     "dense": {"kind": "dense", "qk_norm": True},
     "mixed": {"pattern": ("window", "sparsek")},
@@ -255,7 +256,10 @@ def test_timestep_norm_in_chunks_keeps_its_digits_over_a_long_row():
 
 @pytest.mark.parametrize("timestep_norm", [False, True])
 def test_scores_in_chunks(timestep_norm):
-    scorer = ScoringNetwork(6, 2, timestep_norm=timestep_norm, slope=0.1, rngs=nnx.Rngs(0))
+    scorer = ScoringNetwork(
+        6, 2, timestep_norm=timestep_norm, slope=0.1, learned_slope=True, rngs=nnx.Rngs(0)
+    )
+    scorer.head_slope[...] = jnp.array([5.0, -20.0])
     x = jax.random.normal(jax.random.key(0), (2, 24, 6))
     state = scorer.norm.init_state(2) if timestep_norm else None
     scores, length = [[], []], np.zeros(2, int)

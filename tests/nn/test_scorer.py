@@ -22,6 +22,42 @@ def test_score_is_norm_of_projection_plus_slope(timestep_norm):
     np.testing.assert_allclose(scorer(x, ids)[0], expected, atol=1e-4)
 
 
+def test_a_learned_slope_is_per_1024_positions_of_the_document():
+    plain, sloped = (
+        ScoringNetwork(6, 2, learned_slope=learned, rngs=nnx.Rngs(0)) for learned in (False, True)
+    )
+    x = jax.random.normal(jax.random.key(0), (1, 9, 6))
+    ids = jnp.array([[1] * 4 + [2] * 5])
+    np.testing.assert_array_equal(sloped(x, ids), plain(x, ids))
+    sloped.head_slope[...] = jnp.array([1024.0, -512.0])
+    gain = np.outer([0, 1, 2, 3, 0, 1, 2, 3, 4], [1, -0.5])
+    np.testing.assert_allclose(sloped(x, ids)[0], plain(x, ids)[0] + gain, atol=1e-5)
+    slope_gradient = jax.grad(lambda slope: _score_sum(sloped, slope, x, ids))(
+        sloped.head_slope[...]
+    )
+    np.testing.assert_allclose(slope_gradient, np.full(2, 16 / 1024), rtol=1e-6)
+
+
+def _score_sum(scorer, slope, x, ids):
+    graph, state = nnx.split(scorer)
+    state["head_slope"] = state["head_slope"].replace(slope)
+    return nnx.merge(graph, state)(x, ids).sum()
+
+
+def test_sinks_are_above_all_other_scores_and_pass_no_gradient():
+    scorer = ScoringNetwork(6, 2, slope=3.0, num_sinks=2, rngs=nnx.Rngs(0))
+    plain = ScoringNetwork(6, 2, slope=3.0, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 9, 6))
+    ids = jnp.array([[1] * 4 + [2] * 5])
+    scores, expected = np.array(scorer(x, ids)[0]), np.array(plain(x, ids)[0])
+    sinks = [0, 1, 4, 5]
+    others = [2, 3, 6, 7, 8]
+    assert (scores[sinks] >= 1 + scores[others].max(axis=0)).all()
+    np.testing.assert_array_equal(scores[others], expected[others])
+    gradient = np.asarray(jax.grad(lambda x: scorer(x, ids)[:, jnp.array(sinks)].sum())(x))
+    np.testing.assert_array_equal(gradient, 0)
+
+
 def test_the_slope_decides_between_equal_tokens_far_into_a_row():
     scorer = ScoringNetwork(4, 1, rngs=nnx.Rngs(0))
     x = jnp.ones((1, 65536, 4))
