@@ -43,6 +43,9 @@ _SCALE = flags.DEFINE_float("scale", DEFAULT_SCALE, "Standard deviation of the s
 _TIMESTEP_NORM = flags.DEFINE_boolean(
     "timestep_norm", False, "Whether the new scores are normalised over time."
 )
+_NUM_SINKS = flags.DEFINE_integer(
+    "num_sinks", 4, "First tokens of a document that are always selected.", 0
+)
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens in a row of a text.", 2)
 _ROWS = flags.DEFINE_integer("rows", 4, "Most rows of a text, the first ones.", 1)
 
@@ -52,7 +55,7 @@ _COMMANDS = {
     "import": (("from", "workdir"), _ATTENTION),
     "calibrate": (
         ("workdir", "to", "text"),
-        ("method", "scale", "timestep_norm", "gating", "length", "rows"),
+        ("method", "scale", "timestep_norm", "num_sinks", "gating", "length", "rows"),
     ),
     "export": (("workdir", "to"), ("dtype",)),
     "inspect": (("from",), ()),
@@ -73,6 +76,7 @@ def main(command: str) -> None:
             method=_METHOD.value,
             scale=_SCALE.value,
             timestep_norm=_TIMESTEP_NORM.value,
+            num_sinks=_NUM_SINKS.value,
             gating=_GATING.value,
             length=_LENGTH.value,
             max_rows=_ROWS.value,

@@ -20,8 +20,9 @@ from flax import nnx
 
 from sparsek_jax.generation.loading import load_run
 from sparsek_jax.nn.decoder import Block, output_logits
+from sparsek_jax.nn.scorer import SLOPE_UNIT
 from sparsek_jax.pretrained.calibrating import calibration_rows
-from sparsek_jax.pretrained.scorer_start import METHODS, scorer_kernels
+from sparsek_jax.pretrained.scorer_start import METHODS, Start, scorer_starts
 from sparsek_jax.training.parameters import define, split
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the model.")
@@ -51,12 +52,13 @@ class Study:
         self.table = run.model.output_table
         self.dense = self.nats(["dense"])
 
-    def nats(self, kinds, kernels=None, *, gain=1.0, **fields):
+    def nats(self, kinds, starts=None, *, scale=1.0, gain=1.0, **fields):
         """Mean nats of every text.
 
         Args:
           kinds: Of the layers, repeated.
-          kernels: Of the scorers by layer.
+          starts: Of the scorers by layer.
+          scale: Factor of what they score.
           gain: Of TimestepNorm.
           **fields: Of the attention.
         """
@@ -68,7 +70,10 @@ class Study:
             weights = {}
             for name, shape in definition.abstract.items():
                 if name.endswith("scorer.kernel"):
-                    weights[name] = jnp.asarray(kernels[layer], jnp.float32)
+                    weights[name] = jnp.asarray(scale * starts[layer].kernel, jnp.float32)
+                elif name.endswith("scorer.head_slope"):
+                    slope = scale * SLOPE_UNIT * starts[layer].slope
+                    weights[name] = jnp.asarray(slope, jnp.float32)
                 elif name.endswith("scorer.norm.gain"):
                     weights[name] = jnp.full(shape.shape, gain, jnp.float32)
                 else:
@@ -109,62 +114,73 @@ def _nats(graphdef, state, table, hidden, tokens):
     return jax.lax.map(row, (hidden, tokens))
 
 
-def _starts(study, kernels, size, hard):
+def _starts(study, starts, size, hard):
     layers = range(study.config.num_layers)
-    shape = kernels["attention_mass"][0].shape
+    shape = starts["attention_mass"][0].kernel.shape
     rng = np.random.default_rng(0)
-    zero = [np.zeros(shape) for _ in layers]
+
+    def unsloped(kernel):
+        return Start(kernel, np.zeros(shape[1]))
+
+    zero = [unsloped(np.zeros(shape)) for _ in layers]
+    bare = {"num_sinks": 0, "learned_slope": False}
     # A tie goes to the older key: without a slope, zero keeps what came first.
     study.line("window only, w = 2k", ["window"], sliding_window=2 * size)
     study.line(
         "window and the first 4 keys", ["sinks"], num_selected=4, sliding_window=2 * size - 4
     )
     study.line("zero without slope: the first k keys", ["sparsek"], zero, **hard | {"slope": 0.0})
-    random = [rng.normal(size=shape) / np.sqrt(shape[0]) for _ in layers]
-    study.line("random, as imported (soft, TimestepNorm)", ["sparsek"], random)
-    study.line("random", ["sparsek"], random, **hard)
-    for name, method in kernels.items():
+    random = [unsloped(rng.normal(size=shape) / np.sqrt(shape[0])) for _ in layers]
+    study.line("random, as imported (soft, TimestepNorm)", ["sparsek"], random, **bare)
+    study.line("random", ["sparsek"], random, **hard | bare)
+    study.line("random and sinks", ["sparsek"], random, **hard)
+    for name, method in starts.items():
         study.line(name, ["sparsek"], method, **hard)
-    longest = {layer: -kernel for layer, kernel in kernels["key_norm"].items()}
+        study.line(f"{name}, no sinks", ["sparsek"], method, **hard | {"num_sinks": 0})
+    mass = starts["attention_mass"]
+    study.line("attention_mass, no slopes", ["sparsek"], mass, **hard | {"learned_slope": False})
+    study.line("attention_mass, neither", ["sparsek"], mass, **hard | bare)
+    longest = {layer: unsloped(-start.kernel) for layer, start in starts["key_norm"].items()}
     study.line("key_norm, the longest keys", ["sparsek"], longest, **hard)
 
 
-def _gates(study, kernels, size, hard):
+def _gates(study, starts, size, hard):
     del size
-    kernels = kernels["attention_mass"]
+    starts = starts["attention_mass"]
     for scale in (0.5, 1, 2, 4, 8, 16):
-        scaled = {layer: scale * kernel for layer, kernel in kernels.items()}
-        study.line(f"soft, scale {scale}", ["sparsek"], scaled, **hard | {"gating": "soft"})
+        soft = hard | {"gating": "soft", "scale": scale}
+        study.line(f"soft, scale {scale}", ["sparsek"], starts, **soft)
     normed = hard | {"timestep_norm": True}
-    study.line("straight-through, TimestepNorm", ["sparsek"], kernels, **normed)
+    study.line("straight-through, TimestepNorm", ["sparsek"], starts, **normed)
     for gain in (1, 4):
         study.line(
             f"soft, TimestepNorm with gain {gain}",
             ["sparsek"],
-            kernels,
+            starts,
+            scale=gain,
             gain=gain,
             **normed | {"gating": "soft"},
         )
 
 
-def _layers(study, kernels, size, hard):
+def _layers(study, starts, size, hard):
     del size
-    kernels = kernels["attention_mass"]
+    starts = starts["attention_mass"]
     rest = study.config.num_layers - 2
     for name, kinds in (
         ("first two layers dense", ["dense"] * 2 + ["sparsek"] * rest),
         ("every fourth layer dense", ["sparsek", "sparsek", "sparsek", "dense"]),
         ("every other layer a window of w", ["sparsek", "window"]),
     ):
-        study.line(name, kinds, kernels, **hard)
+        study.line(name, kinds, starts, **hard)
 
 
-def _budgets(study, kernels, size, hard):
-    kernels = kernels["attention_mass"]
+def _budgets(study, starts, size, hard):
+    starts = starts["attention_mass"]
     half = size // 2
     for selected, window in ((half, 3 * half), (3 * half, half), (half, half), (2 * size,) * 2):
         budget = {"num_selected": selected, "sliding_window": window}
-        study.line(f"k = {selected}, w = {window}", ["sparsek"], kernels, **hard | budget)
+        study.line(f"k = {selected}, w = {window}", ["sparsek"], starts, **hard | budget)
     study.line(f"window only, w = {4 * size}", ["window"], sliding_window=4 * size)
 
 
@@ -179,23 +195,32 @@ def main(arguments):
     texts = [pathlib.Path(path) for path in arguments[1:]]
     study = Study(run, rows(texts, max_rows=1))
     attention = dataclasses.replace(
-        study.config.attention, kind="sparsek", pattern=(), num_selected=size, sliding_window=size
+        study.config.attention,
+        kind="sparsek",
+        pattern=(),
+        num_selected=size,
+        sliding_window=size,
+        learned_slope=True,
+        num_sinks=4,
     )
     study.config = dataclasses.replace(study.config, attention=attention)
     names = " | ".join(path.name for path in texts)
     print(f"| start | {names} | mean over dense | time |\n|{' --- |' * (len(texts) + 3)}")
     print(f"| dense | {' | '.join(f'{x:.3f}' for x in study.dense)} | | |", flush=True)
     tokens = rows([pathlib.Path(path) for path in _CALIBRATE.value], max_rows=_ROWS.value)
-    kernels = {method: {} for method in METHODS}
+    starts = {method: {} for method in METHODS}
     begin = time.time()
-    for layer, found in scorer_kernels(study.params, study.config, tokens, methods=METHODS):
-        for method, kernel in found.items():
-            kernels[method][layer] = kernel
+    # Of scale 1, so that the table of gates can have any.
+    for layer, found in scorer_starts(
+        study.params, study.config, tokens, methods=METHODS, scale=1.0
+    ):
+        for method, start in found.items():
+            starts[method][layer] = start
     print(f"calibrated on {tokens.size} tokens in {time.time() - begin:.0f} s", flush=True)
     hard = {"gating": "straight_through", "timestep_norm": False}
     for part in _PARTS.value:
         print(f"{part}: k = w = {size} unless said", flush=True)
-        _TABLES[part](study, kernels, size, hard)
+        _TABLES[part](study, starts, size, hard)
 
 
 if __name__ == "__main__":

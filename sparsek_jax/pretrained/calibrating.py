@@ -13,9 +13,10 @@ from jaxtyping import Int
 
 from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
+from sparsek_jax.nn.scorer import SLOPE_UNIT
 from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
-from sparsek_jax.pretrained.scorer_start import DEFAULT_SCALE, METHODS, Method, scorer_kernels
+from sparsek_jax.pretrained.scorer_start import DEFAULT_SCALE, METHODS, Method, scorer_starts
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import is_scorer, stack_layers, unstack_layers
@@ -45,6 +46,7 @@ def calibrate_model(
     method: Method = "attention_mass",
     scale: float = DEFAULT_SCALE,
     timestep_norm: bool = False,
+    num_sinks: int = 4,
     gating: str | None = None,
     length: int = 2048,
     max_rows: int = 4,
@@ -58,7 +60,9 @@ def calibrate_model(
       method: One of `METHODS`.
       scale: Standard deviation of the scores over the text; with TimestepNorm, its gain.
       timestep_norm: Whether the new scorers have a TimestepNorm, whatever those of `workdir` have.
-        It makes the first token's score 0, and so loses the token that many models attend to most.
+        It makes the first token's score 0, and so loses the token that many models attend to most
+        unless that is a sink.
+      num_sinks: First tokens of a document to select always.
       gating: How gates act, "soft" or "straight_through"; None: as in `workdir`.
       length: Tokens in a row.
       max_rows: Most rows of one text, the first ones.
@@ -83,9 +87,12 @@ def calibrate_model(
     source = decoder_config(config, tokenizer.vocab_size)
     _check_attention(workdir, source, length)
     config.attention.timestep_norm = timestep_norm
+    config.attention.learned_slope = True
+    config.attention.num_sinks = num_sinks
     config.attention.gating = gating or config.attention.gating
     config.init_from = ""  # The weights are here.
-    decoder_config(config, tokenizer.vocab_size)  # Checks the gating.
+    # Checks the gating and the sinks. Slopes are chosen with these.
+    aim = decoder_config(config, tokenizer.vocab_size)
     tokens = calibration_rows(tokenizer, texts, length=length, max_rows=max_rows)
     files = tokenizer_files(workdir, config, tokenizer)
     context = trained_context(workdir, config)
@@ -93,16 +100,15 @@ def calibrate_model(
     params = unstack_layers({name: np.asarray(x) for name, x in params.items()}, source)
     params = {name: x for name, x in params.items() if not is_scorer(name)}
     scorers, layers = {}, []
-    found = scorer_kernels(
-        params, source, tokens, methods=(method,), scale=1.0 if timestep_norm else scale
-    )
-    for layer, kernels in found:
+    for layer, starts in scorer_starts(params, aim, tokens, methods=(method,), scale=scale):
         layers.append(layer)
-        kernel = kernels[method]
+        start = starts[method]
         prefix = f"layers.{layer}.attention.scorer"
-        scorers[f"{prefix}.kernel"] = kernel
+        scorers[f"{prefix}.head_slope"] = SLOPE_UNIT * start.slope
+        scorers[f"{prefix}.kernel"] = start.kernel
         if timestep_norm:
-            scorers[f"{prefix}.norm.gain"] = np.full(kernel.shape[1:], scale, np.float32)
+            scorers[f"{prefix}.kernel"] = start.kernel / scale
+            scorers[f"{prefix}.norm.gain"] = np.full(start.slope.shape, scale, np.float32)
     record = {
         "path": str(Path(workdir).absolute()),
         "step": step,
@@ -112,7 +118,7 @@ def calibrate_model(
     with staged(to) as staging:
         tokenizer_path = write_files(staging / "tokenizer", files) / "tokenizer.json"
         save_import(staging, config, tokenizer=tokenizer_path, source=record)
-        written = stack_layers(params | scorers, source)
+        written = stack_layers(params | scorers, aim)
         save_params(staging, {name: jnp.asarray(x) for name, x in written.items()})
     return Calibrated(step=step, layers=tuple(layers), num_tokens=tokens.size)
 

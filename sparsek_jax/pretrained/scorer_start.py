@@ -6,14 +6,17 @@ the model reads once with dense attention, one layer after the other.
 
 - "attention_mass": the logarithm of the attention that a key gets from queries that it has left the
   window of. What heavy-hitter caches (H2O, arXiv 2306.14048) observe, predicted from the key alone.
+  That attention fades with distance, in each head at another rate r, so it is measured against
+  exp(-r distance), and r is the slope: of several rates the one is taken with which the keys that
+  the scores select get most of the text's attention.
 - "mean_query": the logit of the mean query, turned by the mean of the rotations from the window's
   end to the row's. Exactly linear, but for a norm of keys, whose division by their length is left
   out.
 - "key_norm": minus the key's length, as keys of small norm are attended more (Devoto et al. 2024,
   arXiv 2406.11430).
 
-SparseK ignores a shift of all scores, and a start fixes their scale, so only the direction of a
-kernel matters: scores get the standard deviation asked for.
+SparseK ignores a shift of all scores, and a start fixes their scale: scores, without what the slope
+adds, get the standard deviation asked for.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from sparsek_jax import nn
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.decoder import Block
 from sparsek_jax.nn.rotary import apply_rotary, rotary_frequencies
+from sparsek_jax.ops.selection import causal_selection
+from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.training.parameters import Params, define
 
 Method = Literal["attention_mass", "mean_query", "key_norm"]
@@ -50,6 +55,22 @@ _TRUSTED = 0.25
 _CHUNK = 128
 # The logarithm's floor: attention that is nothing to a row of a thousand tokens.
 _LEAST_MASS = 1e-7
+# Rates of forgetting to choose from: by how much attention fades, on a logarithmic scale, while k
+# keys come.
+_RATES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What the scorer of a layer starts from.
+
+    Attributes:
+      kernel: `[d_model, K]`, or `[d_model, 1]` where scores are shared.
+      slope: Per position, of each score.
+    """
+
+    kernel: Float32[np.ndarray, "D K"]
+    slope: Float32[np.ndarray, " K"]
 
 
 @dataclasses.dataclass
@@ -134,28 +155,28 @@ def mean_query_kernel(
     return jnp.einsum("dkh,kh->dk", kernel, query, precision="highest")
 
 
-def scorer_kernels(
+def scorer_starts(
     params: Params,
     config: nn.DecoderConfig,
     tokens: Int[np.ndarray, "R T"],
     *,
     methods: Sequence[Method] = ("attention_mass",),
     scale: float = DEFAULT_SCALE,
-) -> Iterator[tuple[int, dict[Method, Float32[np.ndarray, "D K"]]]]:
-    """Kernels of the scorers of a decoder, layer by layer, from one pass over a text.
+) -> Iterator[tuple[int, dict[Method, Start]]]:
+    """Starts for the scorers of a decoder, layer by layer, from one pass over a text.
 
     Memory: the hidden states of all tokens, and for one row at a time the attention of 128 queries.
 
     Args:
       params: Of the decoder with every layer by itself (`unstack_layers`); scorers are not used.
-      config: Of the decoder. SparseK layers attend densely here, other ones as they are.
+      config: Of the decoder. SparseK layers attend densely here, other ones as they are. k, w and
+        the sinks are those that slopes are chosen for.
       tokens: Rows of text, each a document, longer than the window.
       methods: Some of METHODS; the module says what they are.
       scale: Standard deviation of the scores over the text.
 
     Yields:
-      For every SparseK layer its index and every method's kernel, `[d_model, K]`, or `[d_model, 1]`
-      where scores are shared.
+      For every SparseK layer its index and every method's start.
     """
     config = dataclasses.replace(config, remat="none", scan_layers=False, dtype="float32")
     programs: dict[str, _Programs] = {}
@@ -170,7 +191,7 @@ def scorer_kernels(
             program = programs[used]
             weights = program.weights(params, layer)
             if kind == "sparsek":
-                yield layer, program.kernels(weights, hidden, scale)
+                yield layer, program.starts(weights, hidden, scale)
             hidden = [program.apply(weights, x, layer) for x in hidden]
 
 
@@ -180,8 +201,10 @@ class _Programs:
     def __init__(self, config: nn.DecoderConfig, kind: str, methods: Sequence[Method]):
         self.config, self.methods = config.attention, methods
         self.definition = define(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
+        self.rates = np.array(_RATES) / config.attention.num_selected
         self.apply = jax.jit(self._apply)
         self.observe = jax.jit(self._observe)
+        self.kept = jax.jit(self._kept)
 
     def weights(self, params: Params, layer: int) -> Params:
         """The parameters of one layer by the names they have in a block."""
@@ -195,50 +218,102 @@ class _Programs:
         return block(hidden, positions=positions, segment_ids=None, sharding=None, layer=layer)[0]
 
     def _observe(self, weights, hidden):
-        """Of one row: inputs of the scorer, weights and targets, and the mean query."""
-        config, block = self.config, self.definition.merge(weights)
-        attention = block.attention
-        x = block.attention_norm(hidden)
-        query = _heads(attention.query(x), attention.query_norm, config.head_dim)
-        key = _heads(attention.key(x), attention.key_norm, config.head_dim)
+        """Of one row: inputs of the scorer, their weights, what is aimed at, and the mean query.
+
+        Targets of "attention_mass" are those of all heads for one rate after the other.
+        """
+        config = self.config
+        x, query, key = self._heads(weights, hidden)
         length = x.shape[1]
         seen_by = jnp.maximum(length - config.sliding_window - jnp.arange(length), 0)
         weight = jnp.minimum(seen_by / (_TRUSTED * length), 1.0)
         targets = {}
         if "attention_mass" in self.methods:
-            positions, frequencies = jnp.arange(length)[None], rotary_frequencies(config)
-            rotated = (apply_rotary(h, positions, frequencies=frequencies)[0] for h in (query, key))
-            mass = far_attention(*rotated, sliding_window=config.sliding_window)
-            mass = self._shared(mass / jnp.maximum(seen_by, 1)[:, None])
-            targets["attention_mass"] = jnp.log(jnp.maximum(mass, _LEAST_MASS))
+            mass = far_attention(*self._rotated(query, key), sliding_window=config.sliding_window)
+            found = log_importance(
+                self._shared(mass), self.rates, sliding_window=config.sliding_window
+            )
+            targets["attention_mass"] = found.reshape(length, -1)
         if "key_norm" in self.methods:
             targets["key_norm"] = -self._shared(jnp.linalg.norm(key[0], axis=-1))
         return x[0], weight, targets, query[0].mean(0)
 
+    def _kept(self, weights, hidden, kernels):
+        """Attention in one row to older keys that the scores of every rate select, `[rates, K]`."""
+        config = self.config
+        x, query, key = self._heads(weights, hidden)
+        positions = jnp.arange(x.shape[1])
+        scores = jnp.einsum("td,drk->trk", x[0], kernels)
+        scores += (self.rates[:, None] * positions[:, None, None]).astype(jnp.float32)
+        is_sink = (positions < config.num_sinks)[:, None, None]
+        scores = jnp.where(is_sink, scores.max() + 1, scores)
+        return kept_attention(
+            *self._rotated(query, key),
+            scores,
+            num_selected=config.num_selected,
+            sliding_window=config.sliding_window,
+        )
+
+    def _heads(self, weights, hidden):
+        """What the scorer reads, and query and key heads, normalised but not rotated."""
+        block = self.definition.merge(weights)
+        attention, x = block.attention, block.attention_norm(hidden)
+        query, key = (
+            _normed_heads(layer(x), norm, self.config.head_dim)
+            for layer, norm in (
+                (attention.query, attention.query_norm),
+                (attention.key, attention.key_norm),
+            )
+        )
+        return x, query, key
+
+    def _rotated(self, *heads):
+        positions, frequencies = (
+            jnp.arange(heads[0].shape[1])[None],
+            rotary_frequencies(self.config),
+        )
+        return (apply_rotary(x, positions, frequencies=frequencies)[0] for x in heads)
+
     def _shared(self, x):
         return x.mean(-1, keepdims=True) if self.config.shared_scores else x
 
-    def kernels(
+    def starts(
         self, weights: Params, hidden: Sequence[Float[Array, "1 T D"]], scale: float
-    ) -> dict[Method, Float32[np.ndarray, "D K"]]:
-        """Every method's kernel of one layer, from the rows that it gets."""
+    ) -> dict[Method, Start]:
+        """Every method's start for one layer, from the rows that it gets."""
         observed = [self.observe(weights, x) for x in hidden]
         found = {}
         for method in self.methods:
             moments = functools.reduce(
                 operator.add, (Moments.of(w, x, y.get(method)) for x, w, y, _ in observed)
             )
+            slope = 0.0
             if method == "mean_query":
                 attention = self.definition.merge(weights).attention
                 query = jnp.mean(jnp.stack([query for *_, query in observed]), axis=0)
                 distances = jnp.arange(self.config.sliding_window, hidden[0].shape[1])
                 kernel = self._shared(mean_query_kernel(attention, query, distances))
                 kernel = np.asarray(kernel, np.float64)
-            else:
+            elif method == "key_norm":
                 kernel = ridge(moments)
+            else:
+                kernel, slope = self._fading(weights, hidden, ridge(moments))
             deviation = np.sqrt(np.einsum("dk,de,ek->k", kernel, moments.covariance, kernel))
-            found[method] = (kernel * (scale / np.maximum(deviation, 1e-12))).astype(np.float32)
+            gain = scale / np.maximum(deviation, 1e-12)
+            slope = np.broadcast_to(gain * slope, gain.shape)
+            found[method] = Start((gain * kernel).astype(np.float32), slope.astype(np.float32))
         return found
+
+    def _fading(self, weights, hidden, kernels):
+        """Of kernels for every rate and head, `[d_model, rates * K]`, each head's best, and rates.
+
+        Best is what keeps most attention; among equals the slower rate.
+        """
+        kernels = kernels.reshape(len(kernels), len(self.rates), -1)
+        as_array = jnp.asarray(kernels, jnp.float32)
+        kept = sum(np.asarray(self.kept(weights, x, as_array), np.float64) for x in hidden)
+        best = kept.argmax(axis=0)
+        return kernels[:, best, np.arange(len(best))], self.rates[best]
 
 
 def far_attention(
@@ -254,24 +329,113 @@ def far_attention(
     Returns:
       Attention summed over those queries, and averaged over the query heads of a KV head.
     """
-    length, num_heads, head_dim = query.shape
-    padding = -length % _CHUNK
-    grouped = jnp.pad(query, ((0, padding), (0, 0), (0, 0)))
-    grouped = grouped.reshape(-1, _CHUNK, key.shape[1], num_heads // key.shape[1], head_dim)
+
+    def chunk(total, inputs):
+        return total + inputs[0].sum(1), None
+
+    total = jnp.zeros((key.shape[1], len(key)))
+    return _far_scan(query, key, sliding_window, chunk, total, ()).T
+
+
+def log_importance(
+    mass: Float[Array, "T K"], rates: Float[np.ndarray, " R"], *, sliding_window: int
+) -> Float[Array, "T R K"]:
+    """What keys are worth, if their attention is exp(log importance - rate * distance).
+
+    Args:
+      mass: What every key gets from the queries of its row that have it not in the window.
+      rates: At which attention may fade, per position.
+      sliding_window: w.
+
+    Returns:
+      For every rate, but for a constant that depends on it. It means nothing for the last w keys.
+    """
+    seen_by = jnp.maximum(len(mass) - sliding_window - jnp.arange(len(mass)), 1)[:, None]
+    rates = rates.astype(np.float32)
+    # The sum of exp(-rate * distance), over that at the window's end: a geometric series.
+    ends = -np.expm1(-np.where(rates > 0, rates, 1))
+    expected = jnp.where(rates > 0, -jnp.expm1(-rates * seen_by) / ends, seen_by)
+    return jnp.log(jnp.maximum(mass[:, None] / expected[..., None], _LEAST_MASS))
+
+
+def kept_attention(
+    query: Float[Array, "T N H"],
+    key: Float[Array, "T K H"],
+    scores: Float[Array, "T R S"],
+    *,
+    num_selected: int,
+    sliding_window: int,
+) -> Float[Array, "R S"]:
+    """How much of dense causal attention goes to keys beyond the window that scores select.
+
+    Args:
+      query: Rotated, of one row.
+      key: Rotated.
+      scores: R of them for each KV head, or shared by all (S = 1).
+      num_selected: k.
+      sliding_window: w.
+
+    Returns:
+      Attention summed over queries and over the selected keys of each, as a mean over the query
+      heads of a KV head, or over all where scores are shared.
+    """
+    length, rates, num_scores = scores.shape
+    scores = computed_once(scores.reshape(1, length, -1))
+    selection = causal_selection(scores, num_selected=num_selected, sliding_window=sliding_window)
+    shape = (length, rates, num_scores)
+    scores, cutoff_score, cutoff_index = (
+        x.reshape(shape) for x in (scores, selection.cutoff_score, selection.cutoff_index)
+    )
     key_position = jnp.arange(length)
 
     def chunk(total, inputs):
-        query, position = inputs
+        probability, cutoff_score, cutoff_index = inputs
+        probability = probability.reshape(num_scores, -1, *probability.shape[1:]).mean(1)
+
+        def one(scores, cutoff_score, cutoff_index):
+            # Axes: score, query, key.
+            score, cutoff = scores.T[:, None], cutoff_score.T[:, :, None]
+            earlier = key_position <= cutoff_index.T[:, :, None]
+            selected = (score > cutoff) | ((score == cutoff) & earlier)
+            return jnp.where(selected, probability, 0.0).sum((1, 2))
+
+        by_rate = (jnp.moveaxis(x, 1, 0) for x in (scores, cutoff_score, cutoff_index))
+        return total + jax.lax.map(lambda x: one(*x), tuple(by_rate)), None
+
+    total = jnp.zeros((rates, num_scores))
+    return _far_scan(query, key, sliding_window, chunk, total, (cutoff_score, cutoff_index))
+
+
+def _normed_heads(x, norm, head_dim):
+    x = x.reshape(*x.shape[:2], -1, head_dim)
+    return x if norm is None else norm(x)
+
+
+def _far_scan(query, key, sliding_window, step, carry, by_query):
+    """Scans over chunks of queries with their attention to keys beyond the window.
+
+    `step` gets the carry and `(attention, *chunks of by_query)`. Attention is `[K, C,
+    T]`, a mean over the query heads of each KV head; queries that fill the last chunk have none.
+    """
+    length, num_heads, head_dim = query.shape
+    padding = -length % _CHUNK
+
+    def chunks(x):
+        x = jnp.pad(x, ((0, padding), *((0, 0),) * (x.ndim - 1)))
+        return x.reshape(-1, _CHUNK, *x.shape[1:])
+
+    query = chunks(query)
+    grouped = query.reshape(*query.shape[:2], key.shape[1], num_heads // key.shape[1], head_dim)
+    key_position = jnp.arange(length)
+
+    def attend(carry, inputs):
+        query, position, *rest = inputs
         logits = jnp.einsum("tkgh,skh->kgts", query, key) * head_dim**-0.5
         logits = jnp.where(key_position <= position[:, None], logits, -jnp.inf)
         far = (key_position <= position[:, None] - sliding_window) & (position < length)[:, None]
-        return total + jnp.where(far, jax.nn.softmax(logits, axis=-1), 0.0).sum(2).mean(1), None
+        attention = jnp.where(far, jax.nn.softmax(logits, axis=-1), 0.0).mean(1)
+        return step(carry, (attention, *rest))
 
     positions = jnp.arange(length + padding).reshape(-1, _CHUNK)
-    total, _ = jax.lax.scan(chunk, jnp.zeros((key.shape[1], length)), (grouped, positions))
-    return total.T
-
-
-def _heads(x, norm, head_dim):
-    x = x.reshape(*x.shape[:2], -1, head_dim)
-    return x if norm is None else norm(x)
+    inputs = (grouped, positions, *map(chunks, by_query))
+    return jax.lax.scan(attend, carry, inputs)[0]

@@ -20,9 +20,11 @@ from sparsek_jax.pretrained.scorer_start import (
     METHODS,
     Moments,
     far_attention,
+    kept_attention,
+    log_importance,
     mean_query_kernel,
     ridge,
-    scorer_kernels,
+    scorer_starts,
 )
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import ConfigError
@@ -77,6 +79,46 @@ def test_far_attention_is_what_queries_beyond_the_window_attend(length, window):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_scores", [2, 1])
+def test_kept_attention_is_that_to_the_keys_of_the_highest_scores(num_scores):
+    length, window, selected = 150, 7, 20
+    query, key = (
+        np.asarray(jax.random.normal(jax.random.key(seed), (length, heads, 8)))
+        for seed, heads in ((0, 6), (1, 2))
+    )
+    scores = np.random.default_rng(0).integers(0, 40, (length, 3, num_scores)).astype(np.float32)
+    expected = np.zeros((3, 2))
+    for t in range(length):
+        pool = np.arange(t - window + 1)
+        for head in range(6):
+            logits = key[: t + 1, head // 3] @ query[t, head] / np.sqrt(8)
+            weights = np.exp(logits) / np.exp(logits).sum()
+            for i in range(3):
+                by_score = scores[pool, i, head // 3 if num_scores == 2 else 0]
+                best = np.argsort(-by_score, kind="stable")[:selected]
+                expected[i, head // 3] += weights[best].sum() / 3
+    found = kept_attention(
+        *map(jnp.asarray, (query, key, scores)), num_selected=selected, sliding_window=window
+    )
+    if num_scores == 1:
+        expected = expected.mean(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_importance_is_found_under_attention_that_fades():
+    length, window = 90, 7
+    rates = np.array([0.0, 0.02, 0.5])
+    importance = np.random.default_rng(0).normal(size=(length, 2))
+    distance = np.subtract.outer(np.arange(length), np.arange(length))
+    for i, rate in enumerate(rates):
+        fading = np.where(distance >= window, np.exp(-rate * np.maximum(distance, 0)), 0)
+        mass = 1e-3 * np.exp(importance) * fading.sum(0)[:, None]
+        found = log_importance(jnp.asarray(mass), rates, sliding_window=window)
+        assert found.shape == (length, 3, 2)
+        error = np.asarray(found[:-window, i]) - importance[:-window]
+        np.testing.assert_allclose(error, error.mean(), atol=1e-4)
+
+
 def test_ridge_recovers_a_planted_linear_score():
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(16, 2))
@@ -92,19 +134,19 @@ def test_ridge_recovers_a_planted_linear_score():
 def test_scores_have_the_scale_asked_for_and_follow_the_target():
     _, params = split(nn.Decoder(CONFIG, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 48, (3, 40))
-    found = dict(scorer_kernels(params, CONFIG, tokens, methods=METHODS, scale=2.0))
+    found = dict(scorer_starts(params, CONFIG, tokens, methods=METHODS, scale=2.0))
     assert list(found) == [0, 1]
     x = np.asarray(params["embedding"])[tokens]
     x /= np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + CONFIG.norm_eps)
     weight = np.minimum(np.maximum(40 - 4 - np.arange(40), 0) / 10, 1)
-    for kernel in found[0].values():
+    for start in found[0].values():
         for head in range(2):
-            scores = (x @ kernel[:, head]).ravel()
+            scores = (x @ start.kernel[:, head]).ravel()
             variance = np.cov(scores, aweights=np.tile(weight, 3), ddof=0)
             np.testing.assert_allclose(variance, 4, rtol=1e-3)
     keys = (x @ np.asarray(params["layers.0.attention.key.kernel"])).reshape(3, 40, 2, 8)
     lengths = np.linalg.norm(keys[:, :, 0], axis=-1).ravel()
-    scores = (x @ found[0]["key_norm"][:, 0]).ravel()
+    scores = (x @ found[0]["key_norm"].kernel[:, 0]).ravel()
     assert np.corrcoef(lengths, scores)[0, 1] < -0.3
 
 
@@ -113,11 +155,12 @@ def test_shared_scores_and_other_kinds_of_layers():
     config = dataclasses.replace(CONFIG, attention=attention)
     _, params = split(nn.Decoder(config, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 48, (2, 40))
-    ((layer, kernels),) = scorer_kernels(params, config, tokens, methods=METHODS)
+    ((layer, starts),) = scorer_starts(params, config, tokens, methods=METHODS)
     assert layer == 1
-    for kernel in kernels.values():
-        assert kernel.shape == (16, 1)
-        assert np.isfinite(kernel).all()
+    for start in starts.values():
+        assert start.kernel.shape == (16, 1)
+        assert start.slope.shape == (1,)
+        assert np.isfinite(start.kernel).all()
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +183,14 @@ def test_the_command_changes_scorers_only(imported, tmp_path):
         f"--text={text}",
         "--length=64",
         "--scale=2",
+        "--num_sinks=3",
         "--timestep_norm",
         "--gating=straight_through",
     )
     assert result.returncode == 0, result.stderr
     assert "new scorers in 2 layers from 192 tokens" in result.stdout
     (_, before), (_, after) = (split(load_run(path).model) for path in (run, tmp_path / "new"))
-    assert before.keys() == after.keys()
+    assert {name for name in after if not name.endswith("scorer.head_slope")} == before.keys()
     for name, array in before.items():
         if name.endswith("scorer.norm.gain"):
             np.testing.assert_array_equal(after[name], 2)
@@ -154,7 +198,9 @@ def test_the_command_changes_scorers_only(imported, tmp_path):
             assert not np.allclose(after[name], array)
         else:
             np.testing.assert_array_equal(after[name], array, err_msg=name)
-    assert load_config(tmp_path / "new").attention.gating == "straight_through"
+    attention = load_config(tmp_path / "new").attention
+    assert (attention.gating, attention.num_sinks) == ("straight_through", 3)
+    assert after["layers.1.attention.scorer.head_slope"].min() >= 0
     record = json.loads((tmp_path / "new" / "run.json").read_text())["imported"]
     assert record["calibration"]["texts"] == [str(text)]
     assert record["context_length"] > 0
@@ -203,6 +249,7 @@ def test_stacked_layers_get_the_same_scorers(imported, tmp_path):
         ({"length": 4}, "--length=4; expected more than attention.sliding_window=4"),
         ({"method": "zero"}, "--method='zero'; expected one of attention_mass"),
         ({"scale": 0.0}, r"--scale=0.0; expected a finite number above 0"),
+        ({"num_sinks": 9}, "attention.num_sinks=9; expected an int from 0 to .*num_selected=8"),
         ({"gating": "hard"}, "attention.gating='hard'; expected one of"),
         ({"texts": ["missing"]}, "No such file.*missing"),
         ({"texts": ["binary"]}, "binary'.*expected UTF-8 text"),
