@@ -7,8 +7,8 @@ the model reads once with dense attention, one layer after the other.
 - "attention_mass": the logarithm of the attention that a key gets from queries that it has left the
   window of. What heavy-hitter caches (H2O, arXiv 2306.14048) observe, predicted from the key alone.
   That attention fades with distance, in each head at another rate r, so it is measured against
-  exp(-r distance), and r is the slope: of several rates the one is taken with which the keys that
-  the scores select get most of the text's attention.
+  exp(-r distance), and r is the slope: of several rates the one is taken with which selection
+  changes attention least.
 - "mean_query": the logit of the mean query, turned by the mean of the rotations from the window's
   end to the row's. Exactly linear, but for a norm of keys, whose division by their length is left
   out.
@@ -204,7 +204,7 @@ class _Programs:
         self.rates = np.array(_RATES) / config.attention.num_selected
         self.apply = jax.jit(self._apply)
         self.observe = jax.jit(self._observe)
-        self.kept = jax.jit(self._kept)
+        self.divergence = jax.jit(self._divergence)
 
     def weights(self, params: Params, layer: int) -> Params:
         """The parameters of one layer by the names they have in a block."""
@@ -238,8 +238,8 @@ class _Programs:
             targets["key_norm"] = -self._shared(jnp.linalg.norm(key[0], axis=-1))
         return x[0], weight, targets, query[0].mean(0)
 
-    def _kept(self, weights, hidden, kernels):
-        """Attention in one row to older keys that the scores of every rate select, `[rates, K]`."""
+    def _divergence(self, weights, hidden, kernels):
+        """`selection_divergence` in one row with the scores of every rate, `[rates, K]`."""
         config = self.config
         x, query, key = self._heads(weights, hidden)
         positions = jnp.arange(x.shape[1])
@@ -247,7 +247,7 @@ class _Programs:
         scores += (self.rates[:, None] * positions[:, None, None]).astype(jnp.float32)
         is_sink = (positions < config.num_sinks)[:, None, None]
         scores = jnp.where(is_sink, scores.max() + 1, scores)
-        return kept_attention(
+        return selection_divergence(
             *self._rotated(query, key),
             scores,
             num_selected=config.num_selected,
@@ -307,12 +307,12 @@ class _Programs:
     def _fading(self, weights, hidden, kernels):
         """Of kernels for every rate and head, `[d_model, rates * K]`, each head's best, and rates.
 
-        Best is what keeps most attention; among equals the slower rate.
+        Best is what changes attention least; among equals the slower rate.
         """
         kernels = kernels.reshape(len(kernels), len(self.rates), -1)
         as_array = jnp.asarray(kernels, jnp.float32)
-        kept = sum(np.asarray(self.kept(weights, x, as_array), np.float64) for x in hidden)
-        best = kept.argmax(axis=0)
+        lost = sum(np.asarray(self.divergence(weights, x, as_array), np.float64) for x in hidden)
+        best = lost.argmin(axis=0)
         return kernels[:, best, np.arange(len(best))], self.rates[best]
 
 
@@ -331,7 +331,7 @@ def far_attention(
     """
 
     def chunk(total, inputs):
-        return total + inputs[0].sum(1), None
+        return total + inputs[0].sum(2).mean(1), None
 
     total = jnp.zeros((key.shape[1], len(key)))
     return _far_scan(query, key, sliding_window, chunk, total, ()).T
@@ -358,7 +358,7 @@ def log_importance(
     return jnp.log(jnp.maximum(mass[:, None] / expected[..., None], _LEAST_MASS))
 
 
-def kept_attention(
+def selection_divergence(
     query: Float[Array, "T N H"],
     key: Float[Array, "T K H"],
     scores: Float[Array, "T R S"],
@@ -366,7 +366,10 @@ def kept_attention(
     num_selected: int,
     sliding_window: int,
 ) -> Float[Array, "R S"]:
-    """How much of dense causal attention goes to keys beyond the window that scores select.
+    """How far attention to the window and to selected keys is from dense causal attention.
+
+    Without the other keys a softmax is what it was, over the share p of its sum that is left: its
+    Kullback-Leibler divergence from the whole one is -log p.
 
     Args:
       query: Rotated, of one row.
@@ -376,31 +379,33 @@ def kept_attention(
       sliding_window: w.
 
     Returns:
-      Attention summed over queries and over the selected keys of each, as a mean over the query
-      heads of a KV head, or over all where scores are shared.
+      Divergence in nats, summed over queries, as a mean over the query heads of a KV head, or over
+      all where scores are shared.
     """
     length, rates, num_scores = scores.shape
     scores = computed_once(scores.reshape(1, length, -1))
     selection = causal_selection(scores, num_selected=num_selected, sliding_window=sliding_window)
-    shape = (length, rates, num_scores)
     scores, cutoff_score, cutoff_index = (
-        x.reshape(shape) for x in (scores, selection.cutoff_score, selection.cutoff_index)
+        x.reshape(length, rates, num_scores)
+        for x in (scores, selection.cutoff_score, selection.cutoff_index)
     )
     key_position = jnp.arange(length)
 
     def chunk(total, inputs):
-        probability, cutoff_score, cutoff_index = inputs
-        probability = probability.reshape(num_scores, -1, *probability.shape[1:]).mean(1)
+        attention, cutoff_score, cutoff_index = inputs
+        near = 1 - attention.sum(-1)
 
-        def one(scores, cutoff_score, cutoff_index):
-            # Axes: score, query, key.
-            score, cutoff = scores.T[:, None], cutoff_score.T[:, :, None]
-            earlier = key_position <= cutoff_index.T[:, :, None]
-            selected = (score > cutoff) | ((score == cutoff) & earlier)
-            return jnp.where(selected, probability, 0.0).sum((1, 2))
+        def one(inputs):
+            # Axes: score, query head, query, key.
+            score, cutoff, index = (x.T[:, None] for x in inputs)
+            score, cutoff, index = score[..., None, :], cutoff[..., None], index[..., None]
+            selected = (score > cutoff) | ((score == cutoff) & (key_position <= index))
+            kept = near + jnp.where(selected, attention, 0.0).sum(-1)
+            divergence = -jnp.log(jnp.maximum(kept, _LEAST_MASS)).sum(-1)
+            return divergence.reshape(num_scores, -1).mean(-1)
 
-        by_rate = (jnp.moveaxis(x, 1, 0) for x in (scores, cutoff_score, cutoff_index))
-        return total + jax.lax.map(lambda x: one(*x), tuple(by_rate)), None
+        by_rate = tuple(jnp.moveaxis(x, 1, 0) for x in (scores, cutoff_score, cutoff_index))
+        return total + jax.lax.map(one, by_rate), None
 
     total = jnp.zeros((rates, num_scores))
     return _far_scan(query, key, sliding_window, chunk, total, (cutoff_score, cutoff_index))
@@ -414,8 +419,8 @@ def _normed_heads(x, norm, head_dim):
 def _far_scan(query, key, sliding_window, step, carry, by_query):
     """Scans over chunks of queries with their attention to keys beyond the window.
 
-    `step` gets the carry and `(attention, *chunks of by_query)`. Attention is `[K, C,
-    T]`, a mean over the query heads of each KV head; queries that fill the last chunk have none.
+    `step` gets the carry and `(attention, *chunks of by_query)`. Attention is `[K, N / K, C, T]`;
+    queries that fill the last chunk have none.
     """
     length, num_heads, head_dim = query.shape
     padding = -length % _CHUNK
@@ -433,7 +438,7 @@ def _far_scan(query, key, sliding_window, step, carry, by_query):
         logits = jnp.einsum("tkgh,skh->kgts", query, key) * head_dim**-0.5
         logits = jnp.where(key_position <= position[:, None], logits, -jnp.inf)
         far = (key_position <= position[:, None] - sliding_window) & (position < length)[:, None]
-        attention = jnp.where(far, jax.nn.softmax(logits, axis=-1), 0.0).mean(1)
+        attention = jnp.where(far, jax.nn.softmax(logits, axis=-1), 0.0)
         return step(carry, (attention, *rest))
 
     positions = jnp.arange(length + padding).reshape(-1, _CHUNK)

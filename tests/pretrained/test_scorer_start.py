@@ -20,11 +20,11 @@ from sparsek_jax.pretrained.scorer_start import (
     METHODS,
     Moments,
     far_attention,
-    kept_attention,
     log_importance,
     mean_query_kernel,
     ridge,
     scorer_starts,
+    selection_divergence,
 )
 from sparsek_jax.training.checkpoint import save_params
 from sparsek_jax.training.config import ConfigError
@@ -80,7 +80,7 @@ def test_far_attention_is_what_queries_beyond_the_window_attend(length, window):
 
 
 @pytest.mark.parametrize("num_scores", [2, 1])
-def test_kept_attention_is_that_to_the_keys_of_the_highest_scores(num_scores):
+def test_the_divergence_is_that_from_dense_attention(num_scores):
     length, window, selected = 150, 7, 20
     query, key = (
         np.asarray(jax.random.normal(jax.random.key(seed), (length, heads, 8)))
@@ -92,12 +92,14 @@ def test_kept_attention_is_that_to_the_keys_of_the_highest_scores(num_scores):
         pool = np.arange(t - window + 1)
         for head in range(6):
             logits = key[: t + 1, head // 3] @ query[t, head] / np.sqrt(8)
-            weights = np.exp(logits) / np.exp(logits).sum()
+            dense = np.exp(logits) / np.exp(logits).sum()
             for i in range(3):
                 by_score = scores[pool, i, head // 3 if num_scores == 2 else 0]
                 best = np.argsort(-by_score, kind="stable")[:selected]
-                expected[i, head // 3] += weights[best].sum() / 3
-    found = kept_attention(
+                seen = np.union1d(best, np.arange(max(t - window + 1, 0), t + 1))
+                sparse = np.exp(logits[seen]) / np.exp(logits[seen]).sum()
+                expected[i, head // 3] += (sparse * np.log(sparse / dense[seen])).sum() / 3
+    found = selection_divergence(
         *map(jnp.asarray, (query, key, scores)), num_selected=selected, sliding_window=window
     )
     if num_scores == 1:
