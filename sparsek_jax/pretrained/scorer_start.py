@@ -7,8 +7,8 @@ the model reads once with dense attention, one layer after the other.
 - "attention_mass": the logarithm of the attention that a key gets from queries that it has left the
   window of. What heavy-hitter caches (H2O, arXiv 2306.14048) observe, predicted from the key alone.
   That attention fades with distance, in each head at another rate r, so it is measured against
-  exp(-r distance), and r is the slope: of several rates the one is taken with which selection
-  changes attention least.
+  exp(-r distance): of several rates the one is taken with which selection changes attention least.
+  The slope is twice that.
 - "mean_query": the logit of the mean query, turned by the mean of the rotations from the window's
   end to the row's. Exactly linear, but for a norm of keys, whose division by their length is left
   out.
@@ -58,6 +58,8 @@ _LEAST_MASS = 1e-7
 # Rates of forgetting to choose from: by how much attention fades, on a logarithmic scale, while k
 # keys come.
 _RATES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+# Slope over the rate of least divergence: nats ask for more recent keys (docs/pretrained.md).
+_HASTE = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,7 +299,8 @@ class _Programs:
             elif method == "key_norm":
                 kernel = ridge(moments)
             else:
-                kernel, slope = self._fading(weights, hidden, ridge(moments))
+                kernel, rate = self._fading(weights, hidden, ridge(moments))
+                slope = _HASTE * rate
             deviation = np.sqrt(np.einsum("dk,de,ek->k", kernel, moments.covariance, kernel))
             gain = scale / np.maximum(deviation, 1e-12)
             slope = np.broadcast_to(gain * slope, gain.shape)
