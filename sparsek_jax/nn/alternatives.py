@@ -21,6 +21,7 @@ from sparsek_jax.nn.cache import (
 )
 from sparsek_jax.nn.causal import dense_attention, window_attention
 from sparsek_jax.nn.rotary import document_positions
+from sparsek_jax.nn.scorer import keep_sinks, keep_sinks_next
 
 
 class DenseAttention(Attention):
@@ -90,12 +91,14 @@ class UnlearnedSelection(SelectiveAttention):
     def score(self, x, key, segment_ids, layer):
         """Returns scores `[B, T, K or 1]` of whole rows."""
         positions = document_positions(segment_ids, *x.shape[:2])
-        return jax.lax.stop_gradient(self.importance(key, positions, layer))
+        scores = jax.lax.stop_gradient(self.importance(key, positions, layer))
+        return keep_sinks(scores, positions, self.config.num_sinks)
 
     def score_next(self, x, key, norm, positions, num_tokens, layer):
         """Returns None and scores `[B, C, K or 1]` of the next tokens."""
         del x, num_tokens
-        return norm, self.importance(key, positions, layer)
+        scores = self.importance(key, positions, layer)
+        return norm, keep_sinks_next(scores, positions, self.config.num_sinks)
 
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""

@@ -42,7 +42,8 @@ class AttentionConfig:
       timestep_norm: It normalises scores causally.
       slope: What its scores gain per position.
       learned_slope: Each score learns such a gain in addition: how fast its head forgets.
-      num_sinks: First tokens of a document that SparseK always selects, among the k.
+      num_sinks: First tokens of a document that are always selected, among the k (all kinds but
+        dense and window).
     """
 
     kind: str = "sparsek"

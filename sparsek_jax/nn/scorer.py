@@ -9,10 +9,38 @@ from sparsek_jax.nn.norms import TimestepNorm, TimestepState
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
-# Positions that a learned slope is per, so that it is about as large as other parameters.
-SLOPE_UNIT = 1024
+# Positions that a learned slope is per, so that it is about as large as the kernel.
+SLOPE_UNIT = 64
 # Score of a sink where later ones are not known: above all that slopes add in long documents.
 _SINK_SCORE = 1e6
+
+
+def keep_sinks(
+    scores: Float[Array, "B T K"], positions: Int[Array, "B T"], num_sinks: int
+) -> Float[Array, "B T K"]:
+    """Gives the first tokens of every document the highest scores: selected, with gates of 1.
+
+    Args:
+      scores: Of whole rows.
+      positions: In the document.
+      num_sinks: How many tokens; they must not be more than are selected.
+    """
+    # No higher than need be: thresholds are found within the range of the scores.
+    return _raise_sinks(scores, positions, num_sinks, 2.0 + scores.max(axis=1, keepdims=True))
+
+
+def keep_sinks_next(
+    scores: Float[Array, "B C K"], positions: Int[Array, "B C"], num_sinks: int
+) -> Float[Array, "B C K"]:
+    """As `keep_sinks`, for the next tokens of documents, whose later scores are not known."""
+    return _raise_sinks(scores, positions, num_sinks, _SINK_SCORE)
+
+
+def _raise_sinks(scores, positions, num_sinks, highest):
+    if not num_sinks:
+        return scores
+    is_sink = positions[:, :, None] < num_sinks
+    return jnp.where(is_sink, jax.lax.stop_gradient(highest), scores)
 
 
 class ScoringNetwork(nnx.Module):
@@ -63,9 +91,7 @@ class ScoringNetwork(nnx.Module):
         if self.norm is not None:
             scores = self.norm(scores, start)
         positions = jnp.arange(length) - start
-        scores = self._sloped(scores, positions)
-        # No higher than need be: thresholds are found within the range of the scores.
-        return self._with_sinks(scores, positions, 2.0 + scores.max(axis=1, keepdims=True))
+        return keep_sinks(self._sloped(scores, positions), positions, self.num_sinks)
 
     def extend(
         self,
@@ -90,7 +116,7 @@ class ScoringNetwork(nnx.Module):
         scores = self._project(x)
         if self.norm is not None:
             state, scores = self.norm.extend(scores, state, num_tokens)
-        return state, self._with_sinks(self._sloped(scores, positions), positions, _SINK_SCORE)
+        return state, keep_sinks_next(self._sloped(scores, positions), positions, self.num_sinks)
 
     def _project(self, x):
         return einsum_f32("btd,dk->btk", x.astype(jnp.float32), self.kernel[...])
@@ -100,9 +126,3 @@ class ScoringNetwork(nnx.Module):
         if self.head_slope is not None:
             slope = slope + self.head_slope[...] / SLOPE_UNIT
         return scores + slope * positions[:, :, None].astype(jnp.float32)
-
-    def _with_sinks(self, scores, positions, highest):
-        if not self.num_sinks:
-            return scores
-        is_sink = positions[:, :, None] < self.num_sinks
-        return jnp.where(is_sink, jax.lax.stop_gradient(highest), scores)

@@ -69,7 +69,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.timestep_norm = True
     config.attention.slope = 1e-6  # what scores gain per position
     config.attention.learned_slope = False  # each score learns a slope in addition, from 0
-    config.attention.num_sinks = 0  # first tokens of a document that "sparsek" always selects
+    config.attention.num_sinks = 0  # first tokens of a document, always among the selected ones
 
     config.data = default_data_config()
 

@@ -47,13 +47,15 @@ def sees(layer, key, ids, index):
     for b, h, t in np.ndindex(batch, num_heads, length):
         start = document_starts(None if ids is None else ids[b], length)[t]
         pool = list(range(start, t - w + 1))
+        sinks = pool[: layer.config.num_sinks]
         if isinstance(layer, SinkAttention):
             chosen = [j for j in pool if j - start < k]
         elif isinstance(layer, KeyNormAttention):
-            chosen = sorted(pool, key=lambda j, x=key[b, :, h]: np.sum(x[j] ** 2))[:k]
+            chosen = sorted(pool, key=lambda j, x=key[b, :, h]: np.sum(x[j] ** 2))
         else:
             drawn = random_numbers(index)
-            chosen = sorted(pool, key=lambda j, s=start, h=h, x=drawn: -x[j - s, h])[:k]
+            chosen = sorted(pool, key=lambda j, s=start, h=h, x=drawn: -x[j - s, h])
+        chosen = [*sinks, *(j for j in chosen if j not in sinks)][:k]
         mask[b, h, t, [*chosen, *range(max(start, t - w + 1), t + 1)]] = True
     return mask
 
@@ -89,7 +91,7 @@ def expected(mask, *arrays):
     ("kind", "implementation", "length", "changes", "packed"),
     [
         (SinkAttention, "xla", LENGTH, {}, True),
-        (RandomAttention, "xla", LENGTH, {"sliding_window": 0}, True),
+        (RandomAttention, "xla", LENGTH, {"sliding_window": 0, "num_sinks": 2}, True),
         (KeyNormAttention, "xla", LENGTH, {}, True),
         (KeyNormAttention, "reference", LENGTH, {"gating": "straight_through"}, False),
         (SinkAttention, "reference", 5, {"num_selected": 9}, False),

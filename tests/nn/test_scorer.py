@@ -22,20 +22,20 @@ def test_score_is_norm_of_projection_plus_slope(timestep_norm):
     np.testing.assert_allclose(scorer(x, ids)[0], expected, atol=1e-4)
 
 
-def test_a_learned_slope_is_per_1024_positions_of_the_document():
+def test_a_learned_slope_is_per_64_positions_of_the_document():
     plain, sloped = (
         ScoringNetwork(6, 2, learned_slope=learned, rngs=nnx.Rngs(0)) for learned in (False, True)
     )
     x = jax.random.normal(jax.random.key(0), (1, 9, 6))
     ids = jnp.array([[1] * 4 + [2] * 5])
     np.testing.assert_array_equal(sloped(x, ids), plain(x, ids))
-    sloped.head_slope[...] = jnp.array([1024.0, -512.0])
+    sloped.head_slope[...] = jnp.array([64.0, -32.0])
     gain = np.outer([0, 1, 2, 3, 0, 1, 2, 3, 4], [1, -0.5])
     np.testing.assert_allclose(sloped(x, ids)[0], plain(x, ids)[0] + gain, atol=1e-5)
     slope_gradient = jax.grad(lambda slope: _score_sum(sloped, slope, x, ids))(
         sloped.head_slope[...]
     )
-    np.testing.assert_allclose(slope_gradient, np.full(2, 16 / 1024), rtol=1e-6)
+    np.testing.assert_allclose(slope_gradient, np.full(2, 16 / 64), rtol=1e-6)
 
 
 def _score_sum(scorer, slope, x, ids):
