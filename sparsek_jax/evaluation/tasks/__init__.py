@@ -4,10 +4,12 @@ import difflib
 from collections.abc import Sequence
 
 from sparsek_jax.evaluation.tasks.key_value import KeyValue
+from sparsek_jax.evaluation.tasks.niah import NIAH_MULTIKEY_2, NIAH_MULTIKEY_3, NIAH_SINGLE_1
 from sparsek_jax.evaluation.tasks.passkey import Passkey
 from sparsek_jax.evaluation.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (Passkey(), KeyValue())}
+_ALL = (Passkey(), KeyValue(), NIAH_SINGLE_1, NIAH_MULTIKEY_2, NIAH_MULTIKEY_3)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_tasks(names: Sequence[str]) -> tuple[Task, ...]:

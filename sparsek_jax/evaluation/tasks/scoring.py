@@ -31,11 +31,12 @@ class Score:
     """How a model did on an example.
 
     Attributes:
-      correct: Whether greedy decoding writes the answer.
+      credit: 1 if greedy decoding writes the answer, else 0. Of text that was written, the share of
+        the references that it contains.
       nats: Negative log-likelihood of the answer, summed over its tokens.
     """
 
-    correct: bool
+    credit: float
     nats: float
 
 
@@ -66,7 +67,7 @@ def score(
         arrays = _arrays(batch, batch_size, width, answer_width)
         correct, nats = jax.device_get(_measure(predict, params, *jax.device_put(arrays, rows)))
         for i in range(len(batch)):
-            yield Score(bool(correct[i]), float(nats[i]))
+            yield Score(float(correct[i]), float(nats[i]))
 
 
 def _arrays(

@@ -8,10 +8,24 @@ from hypothesis import strategies as st
 from sparsek_jax.evaluation.tasks import TASKS, find_tasks
 from sparsek_jax.evaluation.tasks.task import encode_example, most_units
 
-# Most bytes, and so most tokens, of a unit of filler.
-UNIT_BYTES = {"passkey": len(" There and back again."), "key_value": 80}
+# Lengths that are enough, and most tokens of a unit of filler, both in bytes.
+LEAST = {
+    "passkey": 420,
+    "key_value": 420,
+    "niah_single_1": 520,
+    "niah_multikey_2": 520,
+    "niah_multikey_3": 620,
+}
+UNIT = {
+    "passkey": len(" There and back again."),
+    "key_value": 80,
+    "niah_single_1": 90,
+    "niah_multikey_2": 90,
+    "niah_multikey_3": 122,
+}
 FILLER = re.compile(r"(The grass is|The sky is|The sun is|Here we|There and)[a-z ]+\.")
 PAIR = re.compile(r'"([0-9a-f-]{36})": "([0-9a-f-]{36})"')
+NEEDLE = re.compile(r"One of the special magic (number|uuid)s for (\S+) is: (\S+)\.\n")
 
 
 def make(task, tokenizer, length, depth, seed):
@@ -20,59 +34,95 @@ def make(task, tokenizer, length, depth, seed):
 
 # Fixtures are the same in every example.
 shared = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-lengths = st.integers(420, 3000)
+more = st.integers(0, 2500)
 depths = st.sampled_from((0.0, 0.25, 0.5, 0.75, 1.0)) | st.floats(0, 1)
 seeds = st.integers(0, 2**32 - 1)
 
 
 @shared
-@given(length=lengths, depth=depths, seed=seeds)
-def test_prompts_are_as_long_as_whole_units_allow(task, tokenizer, length, depth, seed):
+@given(more=more, depth=depths, seed=seeds)
+def test_prompts_are_as_long_as_whole_units_allow(task, tokenizer, more, depth, seed):
+    length = LEAST[task.name] + more
     example = make(task, tokenizer, length, depth, seed)
     # A unit more, of at most so many tokens, would not fit.
-    assert length - UNIT_BYTES[task.name] - 1 <= len(example.prompt) <= length
+    assert length - UNIT[task.name] - 1 <= len(example.prompt) <= length
     assert example.prompt[0] == tokenizer.bos_id
     assert len(example.answer) > 0
 
 
-@shared
-@given(length=lengths, depth=depths, seed=seeds)
-def test_what_is_asked_for_is_at_its_depth(task, tokenizer, length, depth, seed):
-    """The parts of a prompt in its own words; and the answer is that of the question."""
-    example = make(task, tokenizer, length, depth, seed)
+def text_of(task, tokenizer, more, depth, seed):
+    """All of an example as text, and its answer."""
+    example = make(task, tokenizer, LEAST[task.name] + more, depth, seed)
     text = tokenizer.decode(np.concatenate([example.prompt, example.answer]))
-    answer = tokenizer.decode(example.answer)
-    if task.name == "passkey":
-        answer = answer.removeprefix(" ")
-        needle = re.search(rf"The pass key is {answer}\. Remember it\. {answer} is the", text)
-        before = len(FILLER.findall(text[: needle.start()]))
-        units = len(FILLER.findall(text))
-        assert text.endswith(f"\nWhat is the pass key? The pass key is {answer}")
-    else:
-        pairs = PAIR.findall(text[: text.index("Key: ")])
-        key = re.search(r'Key: "(.*)"', text)[1]
-        before, units = [k for k, _ in pairs].index(key), len(pairs) - 1
-        assert dict(pairs)[key] == answer
-        assert text.endswith(f'Corresponding value: "{answer}')
-    assert before == round(depth * units)
+    return text, tokenizer.decode(example.answer).removeprefix(" ")
 
 
 @shared
-@given(length=lengths, depth=depths, seed=seeds)
+@given(more=more, depth=depths, seed=seeds)
+def test_passkey_is_at_its_depth(tokenizer, more, depth, seed):
+    text, answer = text_of(TASKS["passkey"], tokenizer, more, depth, seed)
+    needle = re.search(rf"The pass key is {answer}\. Remember it\. {answer} is the", text)
+    before = len(FILLER.findall(text[: needle.start()]))
+    assert before == round(depth * len(FILLER.findall(text)))
+    assert text.endswith(f"\nWhat is the pass key? The pass key is {answer}")
+
+
+@shared
+@given(more=more, depth=depths, seed=seeds)
+def test_key_value_is_at_its_depth(tokenizer, more, depth, seed):
+    text, answer = text_of(TASKS["key_value"], tokenizer, more, depth, seed)
+    pairs = PAIR.findall(text[: text.index("Key: ")])
+    key = re.search(r'Key: "(.*)"', text)[1]
+    assert [k for k, _ in pairs].index(key) == round(depth * (len(pairs) - 1))
+    assert dict(pairs)[key] == answer
+    assert text.endswith(f'Corresponding value: "{answer}')
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_multikey_2", "niah_multikey_3"])
+@shared
+@given(more=more, depth=depths, seed=seeds)
+def test_needle_is_at_its_depth(name, tokenizer, more, depth, seed):
+    text, answer = text_of(TASKS[name], tokenizer, more, depth, seed)
+    needles = NEEDLE.findall(text)
+    asked = re.search(r"What is the special magic (\S+) for (\S+) mentioned", text)
+    values = {key: value for kind, key, value in needles if kind == asked[1]}
+    assert len(values) == len(needles)  # every key once
+    assert values[asked[2]] == answer
+    assert text.endswith(f"{asked[0][8:].capitalize()} in the provided text is {answer}")
+    lines = [line for line in text.split("\n") if line.startswith(("One of the", "The grass"))]
+    (at,) = [i for i, line in enumerate(lines) if f" {asked[2]} " in line]
+    assert at == round(depth * (len(lines) - 1))
+    assert len(needles) == (1 if name == "niah_single_1" else len(lines))
+    pattern = r"\d{7}" if asked[1] == "number" else r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+    assert all(re.fullmatch(pattern, value) for value in values.values())
+
+
+@shared
+@given(more=more, depth=depths, seed=seeds)
 def test_examples_depend_on_the_seed_and_answers_not_on_the_depth(
-    task, tokenizer, length, depth, seed
+    task, tokenizer, more, depth, seed
 ):
+    length = LEAST[task.name] + more
     example, again = (make(task, tokenizer, length, depth, seed) for _ in range(2))
     np.testing.assert_array_equal(example.prompt, again.prompt)
     np.testing.assert_array_equal(example.answer, again.answer)
+    assert example.references == again.references
     elsewhere = make(task, tokenizer, length, 1 - depth, seed)
     np.testing.assert_array_equal(example.answer, elsewhere.answer)
     other = make(task, tokenizer, length, depth, seed + 1)
     assert not np.array_equal(example.prompt, other.prompt)
 
 
+def test_the_answer_holds_what_is_looked_for(task, tokenizer):
+    example = make(task, tokenizer, 3000, 0.5, 0)
+    answer = tokenizer.decode(example.answer)
+    assert all(reference in answer for reference in example.references)
+    if example.references:
+        assert example.max_tokens >= len(example.answer)
+
+
 def test_tokens_are_those_of_the_whole_text(task, tokenizer):
-    example = make(task, tokenizer, 500, 0.5, 0)
+    example = make(task, tokenizer, 3000, 0.5, 0)
     whole = np.concatenate([example.prompt[1:], example.answer])
     np.testing.assert_array_equal(whole, tokenizer.encode(tokenizer.decode(whole)))
 
