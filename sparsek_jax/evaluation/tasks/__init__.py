@@ -3,12 +3,24 @@
 import difflib
 from collections.abc import Sequence
 
+from sparsek_jax.evaluation.tasks.common_words import CommonWords
+from sparsek_jax.evaluation.tasks.frequent_words import FrequentWords
 from sparsek_jax.evaluation.tasks.key_value import KeyValue
 from sparsek_jax.evaluation.tasks.niah import NIAH_MULTIKEY_2, NIAH_MULTIKEY_3, NIAH_SINGLE_1
 from sparsek_jax.evaluation.tasks.passkey import Passkey
 from sparsek_jax.evaluation.tasks.task import Task
+from sparsek_jax.evaluation.tasks.variable_tracking import VariableTracking
 
-_ALL = (Passkey(), KeyValue(), NIAH_SINGLE_1, NIAH_MULTIKEY_2, NIAH_MULTIKEY_3)
+_ALL = (
+    Passkey(),
+    KeyValue(),
+    NIAH_SINGLE_1,
+    NIAH_MULTIKEY_2,
+    NIAH_MULTIKEY_3,
+    VariableTracking(),
+    CommonWords(),
+    FrequentWords(),
+)
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 

@@ -1,4 +1,5 @@
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ LEAST = {
     "niah_single_1": 520,
     "niah_multikey_2": 520,
     "niah_multikey_3": 620,
+    "vt": 1750,
+    "cwe": 1900,
+    "fwe": 700,
 }
 UNIT = {
     "passkey": len(" There and back again."),
@@ -22,6 +26,9 @@ UNIT = {
     "niah_single_1": 90,
     "niah_multikey_2": 90,
     "niah_multikey_3": 122,
+    "vt": 91,
+    "cwe": 75,
+    "fwe": 40,
 }
 FILLER = re.compile(r"(The grass is|The sky is|The sun is|Here we|There and)[a-z ]+\.")
 PAIR = re.compile(r'"([0-9a-f-]{36})": "([0-9a-f-]{36})"')
@@ -98,6 +105,56 @@ def test_needle_is_at_its_depth(name, tokenizer, more, depth, seed):
 
 
 @shared
+@given(more=more, seed=seeds)
+def test_chain_of_variables_leads_to_all_answers(tokenizer, more, seed):
+    text, answer = text_of(TASKS["vt"], tokenizer, more, None, seed)
+    solved, asked = text.split("\n\nMemorize")
+    for part, size in ((solved, 3), (asked, 5)):
+        (value,) = re.findall(r"assigned the value (\d{5}) in", part)
+        found = {value}
+        # In the order in which they stand.
+        for name, source in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", part):
+            assert source in found
+            found.add(name)
+        names = part.rpartition("they are: ")[2].split()
+        assert {value, *names} == found
+        assert [len(name) for name in names] == [size] * 5
+    assert answer.split() == names
+
+
+@shared
+@given(more=more.map(lambda x: x if x < 2000 else 4 * x), seed=seeds)
+def test_common_words_are_those_that_stand_out(tokenizer, more, seed):
+    text, answer = text_of(TASKS["cwe"], tokenizer, more, None, seed)
+    is_long = LEAST["cwe"] + more >= 4096
+    parts = [part.partition("Question:") for part in text.split("Memorize")[1:]]
+    expected = ((10, 3), (30, 3)) if is_long else ((3, 1), (6, 1))
+    for (entries, _, question), (common, other) in zip(parts, expected, strict=True):
+        numbered = re.findall(r"(\d+)\. ([a-z]+)", entries)
+        assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
+        counts = Counter(word for _, word in numbered)
+        asked = re.findall(r"\d+\. ([a-z]+)", question)
+        assert len(asked) == 10
+        assert all(n == (common if word in asked else other) for word, n in counts.items())
+    assert set(answer.split()[1::2]) == set(asked)
+
+
+@shared
+@given(more=more.map(lambda x: x if x < 2000 else 4 * x), seed=seeds)
+def test_frequent_words_are_the_most_frequent(tokenizer, more, seed):
+    text, answer = text_of(TASKS["fwe"], tokenizer, more, None, seed)
+    words = text.partition("coded words. ")[2].partition("\nQuestion")[0].split()
+    (dots, zeroth), *coded = Counter(words).most_common()
+    assert dots == "..."
+    assert [word for word, _ in coded[:3]] == answer.split()
+    counts = [zeroth, *(count for _, count in coded)]
+    assert len(counts) == 1 or counts[2] > counts[3] > (counts[4] if len(counts) > 4 else 0)
+    # As 1 / rank squared, up to rounding down.
+    for rank, count in enumerate(counts, start=1):
+        assert abs(zeroth / rank**2 - count) <= 1
+
+
+@shared
 @given(more=more, depth=depths, seed=seeds)
 def test_examples_depend_on_the_seed_and_answers_not_on_the_depth(
     task, tokenizer, more, depth, seed
@@ -107,8 +164,9 @@ def test_examples_depend_on_the_seed_and_answers_not_on_the_depth(
     np.testing.assert_array_equal(example.prompt, again.prompt)
     np.testing.assert_array_equal(example.answer, again.answer)
     assert example.references == again.references
-    elsewhere = make(task, tokenizer, length, 1 - depth, seed)
+    elsewhere = make(task, tokenizer, length, 1 - depth if task.has_depth else None, seed)
     np.testing.assert_array_equal(example.answer, elsewhere.answer)
+    assert task.has_depth or np.array_equal(example.prompt, elsewhere.prompt)
     other = make(task, tokenizer, length, depth, seed + 1)
     assert not np.array_equal(example.prompt, other.prompt)
 
