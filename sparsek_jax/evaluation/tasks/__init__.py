@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 from sparsek_jax.evaluation.tasks.common_words import CommonWords
 from sparsek_jax.evaluation.tasks.frequent_words import FrequentWords
+from sparsek_jax.evaluation.tasks.induction import Induction
 from sparsek_jax.evaluation.tasks.key_value import KeyValue
+from sparsek_jax.evaluation.tasks.mqar import Mqar
 from sparsek_jax.evaluation.tasks.niah import NIAH_MULTIKEY_2, NIAH_MULTIKEY_3, NIAH_SINGLE_1
 from sparsek_jax.evaluation.tasks.passkey import Passkey
 from sparsek_jax.evaluation.tasks.task import Task
@@ -20,6 +22,8 @@ _ALL = (
     VariableTracking(),
     CommonWords(),
     FrequentWords(),
+    Induction(),
+    Mqar(),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 

@@ -32,6 +32,8 @@ class Example:
     Attributes:
       prompt: What the model reads, from bos on, `[P]`.
       answer: The tokens that must follow, `[A]`, at least one.
+      queries: If not None, the answer's tokens are asked for one by one within the prompt, each
+        after the token at its position, ascending, `[A]`; the model does not read them.
       references: If there are any, the model is let write, and these are what its text should
         contain; `answer` is then one way of writing them.
       max_tokens: How many tokens it may write then.
@@ -39,8 +41,23 @@ class Example:
 
     prompt: Int32[np.ndarray, " P"]
     answer: Int32[np.ndarray, " A"]
+    queries: Int32[np.ndarray, " A"] | None = None
     references: tuple[str, ...] = ()
     max_tokens: int = 0
+
+    @property
+    def tokens(self) -> Int32[np.ndarray, " T"]:
+        """What a forward pass has to read to be asked for all of the answer."""
+        if self.queries is not None:
+            return self.prompt
+        return np.concatenate([self.prompt, self.answer[:-1]])
+
+    @property
+    def at(self) -> Int32[np.ndarray, " A"]:
+        """The positions in `tokens` after each of which a token of the answer should come."""
+        if self.queries is not None:
+            return self.queries
+        return len(self.prompt) - 1 + np.arange(len(self.answer), dtype=np.int32)
 
 
 class Task(Protocol):
@@ -116,6 +133,11 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str) -> int:
     return 1 + len(tokenizer.encode(prompt))
 
 
+def text_ids(tokenizer: Tokenizer) -> Int32[np.ndarray, " n"]:
+    """The ids that stand for some text, ascending: neither bos nor other special tokens."""
+    return np.flatnonzero(tokenizer.byte_lengths).astype(np.int32)
+
+
 def encode_example(
     tokenizer: Tokenizer,
     prompt: str,
@@ -146,6 +168,6 @@ def encode_example(
     return Example(
         np.concatenate([bos, together[:border]]),
         answer_ids,
-        references,
-        max(max_tokens, len(answer_ids)) if references else 0,
+        references=references,
+        max_tokens=max(max_tokens, len(answer_ids)) if references else 0,
     )

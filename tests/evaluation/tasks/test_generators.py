@@ -19,6 +19,8 @@ LEAST = {
     "vt": 1750,
     "cwe": 1900,
     "fwe": 700,
+    "induction": 26,
+    "mqar": 17,
 }
 UNIT = {
     "passkey": len(" There and back again."),
@@ -29,6 +31,8 @@ UNIT = {
     "vt": 91,
     "cwe": 75,
     "fwe": 40,
+    "induction": 0,
+    "mqar": 1,
 }
 FILLER = re.compile(r"(The grass is|The sky is|The sun is|Here we|There and)[a-z ]+\.")
 PAIR = re.compile(r'"([0-9a-f-]{36})": "([0-9a-f-]{36})"')
@@ -156,6 +160,32 @@ def test_frequent_words_are_the_most_frequent(tokenizer, more, seed):
 
 @shared
 @given(more=more, depth=depths, seed=seeds)
+def test_what_is_repeated_is_at_its_depth(tokenizer, more, depth, seed):
+    example = make(TASKS["induction"], tokenizer, 26 + more, depth, seed)
+    *body, cue = np.split(example.prompt[1:], [len(example.prompt) - 9])
+    start = round(depth * (len(body[0]) - 16))
+    np.testing.assert_array_equal(body[0][start : start + 8], cue)
+    np.testing.assert_array_equal(body[0][start + 8 : start + 16], example.answer)
+    assert (tokenizer.byte_lengths[example.prompt[1:]] > 0).all()
+
+
+@shared
+@given(more=more, seed=seeds)
+def test_queries_ask_for_the_values_of_pairs(tokenizer, more, seed):
+    example = make(TASKS["mqar"], tokenizer, 17 + more, None, seed)
+    count = len(example.queries)
+    num_ids = np.count_nonzero(tokenizer.byte_lengths)
+    assert count == min((16 + more) // 2 * 2 // 16, num_ids // 4)
+    pairs = dict(example.prompt[1 : 1 + 2 * count].reshape(count, 2).tolist())
+    asked = example.prompt[example.queries].tolist()
+    assert sorted(asked) == sorted(pairs)
+    assert [pairs[key] for key in asked] == example.answer.tolist()
+    assert (np.diff(example.queries) > 0).all()
+    assert (tokenizer.byte_lengths[example.prompt[1:]] > 0).all()
+
+
+@shared
+@given(more=more, depth=depths, seed=seeds)
 def test_examples_depend_on_the_seed_and_answers_not_on_the_depth(
     task, tokenizer, more, depth, seed
 ):
@@ -171,16 +201,19 @@ def test_examples_depend_on_the_seed_and_answers_not_on_the_depth(
     assert not np.array_equal(example.prompt, other.prompt)
 
 
-def test_the_answer_holds_what_is_looked_for(task, tokenizer):
-    example = make(task, tokenizer, 3000, 0.5, 0)
+@pytest.mark.parametrize("name", [n for n in TASKS if n not in ("induction", "mqar")])
+def test_the_answer_holds_what_is_looked_for(name, tokenizer):
+    example = make(TASKS[name], tokenizer, 3000, 0.5, 0)
     answer = tokenizer.decode(example.answer)
     assert all(reference in answer for reference in example.references)
     if example.references:
         assert example.max_tokens >= len(example.answer)
 
 
-def test_tokens_are_those_of_the_whole_text(task, tokenizer):
-    example = make(task, tokenizer, 3000, 0.5, 0)
+# Random tokens are none of any text.
+@pytest.mark.parametrize("name", [n for n in TASKS if n not in ("induction", "mqar")])
+def test_tokens_are_those_of_the_whole_text(name, tokenizer):
+    example = make(TASKS[name], tokenizer, 3000, 0.5, 0)
     whole = np.concatenate([example.prompt[1:], example.answer])
     np.testing.assert_array_equal(whole, tokenizer.encode(tokenizer.decode(whole)))
 
@@ -194,10 +227,12 @@ def test_a_token_across_the_border_belongs_to_the_answer(bpe):
 
 
 def test_too_short_a_length_names_what_is_needed(task, tokenizer):
-    with pytest.raises(ValueError, match=r"length=30; expected at least \d+ tokens") as error:
-        make(task, tokenizer, 30, 0.5, 0)
+    with pytest.raises(ValueError, match=r"length=9; expected at least \d+ tokens") as error:
+        make(task, tokenizer, 9, 0.5, 0)
     needed = int(re.search(r"least (\d+)", str(error.value))[1])
     assert len(make(task, tokenizer, needed, 0.5, 0).prompt) <= needed
+    with pytest.raises(ValueError, match=rf"length={needed - 1}; expected at least {needed} "):
+        make(task, tokenizer, needed - 1, 0.5, 0)
 
 
 @given(

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,21 @@ def test_scores_are_in_order_whatever_the_batches():
         np.testing.assert_allclose(
             [r.nats for r in together], [r.nats for r in one_by_one], rtol=1e-6
         )
+
+
+def test_queries_are_answered_one_by_one():
+    """Their tokens are not read: after each query the prompt goes on as it does."""
+    prompt = np.array([3, 9, 4, 10, 0, 4, 0, 3], np.int32)
+    example = Example(prompt, np.array([10, 9], np.int32), queries=np.array([5, 7], np.int32))
+    table = np.zeros(VOCAB, np.int32)
+    table[[3, 4]] = 9, 10
+    other = dataclasses.replace(example, answer=np.array([10, 8], np.int32))
+    examples = [example, other, EXAMPLES[0]]
+    for batch_size in (1, 3):
+        results = list(score(follows, table, examples, batch_size=batch_size))
+        assert [result.credit for result in results] == [1, 0.5, 0]
+        right = np.log(1 + (VOCAB - 1) * np.exp(-5.0))
+        assert [r.nats for r in results[:2]] == pytest.approx([2 * right, 2 * right + 5], rel=1e-5)
 
 
 def test_cells_sum_up_their_own_examples():

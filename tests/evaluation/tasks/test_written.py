@@ -24,7 +24,8 @@ def test_share_of_the_references_in_any_order_and_case(text, references, share):
 
 def example(prompt, references, max_tokens=8):
     ids = np.array([BOS, *TOKENIZER.encode(prompt)], np.int32)
-    return Example(ids, TOKENIZER.encode(references[0]), references, max_tokens)
+    answer = TOKENIZER.encode(references[0])
+    return Example(ids, answer, references=references, max_tokens=max_tokens)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
