@@ -68,7 +68,7 @@ def evaluate_tasks(
     """Evaluates a checkpoint on tasks; writes nothing.
 
     The prompts are made, and so checked, before the model is loaded. One program is compiled for
-    each task and length, and a few more for tasks that let the model write.
+    each task and length, and a few more for tasks that let the model write, on one device.
 
     Args:
       config: The recipe with the command line's overrides; see `evaluation_settings`. Fields
@@ -115,7 +115,7 @@ def evaluate_tasks(
     scores_of = functools.partial(
         _scores,
         functools.partial(score, _predict(graphdef, rows), params, rows=rows),
-        Engine(nnx.merge(graphdef, params), tokenizer),
+        Engine(model, tokenizer),
         batch_size=config.eval.batch_size,
     )
     notes = _notes(settings, Path(workdir))

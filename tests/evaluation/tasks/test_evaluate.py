@@ -62,25 +62,26 @@ def test_cells_equal_those_of_whole_logits(run, config):
 
 def test_report(run, config):
     config.attention.kind = "dense"
-    config.eval.task_lengths = (430,)
+    config.eval.task_lengths = (460,)
     # Another text does not matter.
     config.data.glob = "/nowhere/*.txt"
     overrides = ["attention.kind", "data.glob"]
-    evaluations = list(
-        evaluate_tasks(config, run.workdir, ["key_value", "passkey"], overrides=overrides)
-    )
-    assert [evaluation.task for evaluation in evaluations] == ["key_value", "passkey"]
+    names = ["key_value", "niah_single_1", "mqar"]
+    evaluations = list(evaluate_tasks(config, run.workdir, names, overrides=overrides))
+    assert [evaluation.task for evaluation in evaluations] == names
     for evaluation in evaluations:
         json_path, png_path = write_task(evaluation)
         assert json_path == run.workdir / "eval" / f"dense.{evaluation.task}.json"
         written = json.loads(json_path.read_text())
-        assert [cell["depth"] for cell in written["cells"]] == [0, 1]
+        depths = [0, 1] if TASKS[evaluation.task].has_depth else [None]
+        assert [cell["depth"] for cell in written["cells"]] == depths
+        assert written["measure"] == TASKS[evaluation.task].measure
         assert written["config"]["eval"]["task_samples"] == 3
         assert png_path.read_bytes().startswith(b"\x89PNG")
         output = io.StringIO()
         print_task(evaluation, Console(file=output, width=120))
-        assert re.search(r"1 .* 0% \(\d+\.\d\d\)", output.getvalue())
-        assert "430 tokens" in output.getvalue()
+        assert re.search(rf"{depths[-1] or 'any'} .* \d+% \(\d+\.\d\d\)", output.getvalue())
+        assert "460 tokens" in output.getvalue()
         for path in (json_path, png_path):
             path.unlink()
     (run.workdir / "eval").rmdir()
@@ -121,9 +122,8 @@ def test_tasks_that_let_the_model_write(run, config, monkeypatch):
     assert 0 < cell.nats_per_token < 20
     output = io.StringIO()
     print_task(evaluation, Console(file=output, width=120))
-    assert re.search(
-        r"echo: share of the echo, 3 samples .* any .* 50% \(", output.getvalue(), re.S
-    )
+    pattern = r"echo: share of the echo, 3 samples .* any .* 50% \("
+    assert re.search(pattern, output.getvalue(), re.DOTALL)
     paths = write_task(evaluation)
     assert json.loads(paths[0].read_text())["cells"][0]["depth"] is None
     for path in paths:
