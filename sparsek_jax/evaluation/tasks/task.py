@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from sparsek_jax.data import Tokenizer
 
-# What half of the tasks hides other things in; RULER's noise too.
+# Sentences that say nothing, in which tasks hide something else; in RULER, too.
 FILLER = (
     "The grass is green.",
     "The sky is blue.",
