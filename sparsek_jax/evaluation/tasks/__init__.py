@@ -1,4 +1,4 @@
-"""Tasks with right answers, for any run or imported model; a module for each or for a family, listed in `TASKS`."""
+"""Tasks with right answers, for any run or imported model; each is listed in `TASKS`."""
 
 import difflib
 from collections.abc import Sequence
