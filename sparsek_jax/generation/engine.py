@@ -155,12 +155,28 @@ class Engine:
         Raises:
           ValueError: There are no prompts.
         """
-        if not prompts:
+        return self.start_tokens(
+            [self._document(prompt) for prompt in prompts], max_tokens=max_tokens
+        )
+
+    def start_tokens(self, ids: Sequence[Sequence[int]], *, max_tokens: int) -> Session:
+        """Begins with tokens, as `start` does with text.
+
+        Args:
+          ids: Of each row, bos included.
+          max_tokens: As of `start`.
+
+        Returns:
+          The session, with the tokens appended.
+
+        Raises:
+          ValueError: There are no rows.
+        """
+        if not ids:
             raise ValueError("prompts is empty; expected at least one")
-        ids = [self._document(prompt) for prompt in prompts]
         room = max(map(len, ids)) + max_tokens
         max_length = -(-room // _ROOM_STEP) * _ROOM_STEP if self.needs_room else None
-        session = Session(self, len(prompts), max_length=max_length)
+        session = Session(self, len(ids), max_length=max_length)
         session.append_tokens(ids)
         return session
 

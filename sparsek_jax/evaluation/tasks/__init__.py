@@ -1,13 +1,31 @@
-"""Tasks with right answers, for any run or imported model; a module each, listed in `TASKS`."""
+"""Tasks with right answers, for any run or imported model; each is listed in `TASKS`."""
 
 import difflib
 from collections.abc import Sequence
 
+from sparsek_jax.evaluation.tasks.common_words import CommonWords
+from sparsek_jax.evaluation.tasks.frequent_words import FrequentWords
+from sparsek_jax.evaluation.tasks.induction import Induction
 from sparsek_jax.evaluation.tasks.key_value import KeyValue
+from sparsek_jax.evaluation.tasks.mqar import Mqar
+from sparsek_jax.evaluation.tasks.niah import NIAH_MULTIKEY_2, NIAH_MULTIKEY_3, NIAH_SINGLE_1
 from sparsek_jax.evaluation.tasks.passkey import Passkey
 from sparsek_jax.evaluation.tasks.task import Task
+from sparsek_jax.evaluation.tasks.variable_tracking import VariableTracking
 
-TASKS: dict[str, Task] = {task.name: task for task in (Passkey(), KeyValue())}
+_ALL = (
+    Passkey(),
+    KeyValue(),
+    NIAH_SINGLE_1,
+    NIAH_MULTIKEY_2,
+    NIAH_MULTIKEY_3,
+    VariableTracking(),
+    CommonWords(),
+    FrequentWords(),
+    Induction(),
+    Mqar(),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
 def find_tasks(names: Sequence[str]) -> tuple[Task, ...]:

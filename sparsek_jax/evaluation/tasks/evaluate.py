@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +20,10 @@ from sparsek_jax.evaluation.evaluate import row_sharding
 from sparsek_jax.evaluation.settings import Settings, evaluation_settings
 from sparsek_jax.evaluation.tasks import find_tasks
 from sparsek_jax.evaluation.tasks.grid import Cell, Grid
-from sparsek_jax.evaluation.tasks.scoring import Predict, score
+from sparsek_jax.evaluation.tasks.scoring import Predict, Score, score
+from sparsek_jax.evaluation.tasks.task import Example
+from sparsek_jax.evaluation.tasks.written import written_credits
+from sparsek_jax.generation.engine import Engine, NonFiniteLogitsError
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import ConfigError, decoder_config
@@ -39,6 +42,7 @@ class TaskEvaluation:
       attention: The attention that was evaluated.
       config: All fields that were evaluated with.
       task: Name of the task.
+      measure: What accuracy means in it, for people.
       cells: Results by length and then by depth.
     """
 
@@ -49,6 +53,7 @@ class TaskEvaluation:
     attention: AttentionConfig
     config: ml_collections.ConfigDict
     task: str
+    measure: str
     cells: tuple[Cell, ...]
 
 
@@ -63,7 +68,7 @@ def evaluate_tasks(
     """Evaluates a checkpoint on tasks; writes nothing.
 
     The prompts are made, and so checked, before the model is loaded. One program is compiled for
-    each task and length.
+    each task and length, and a few more for tasks that let the model write, on one device.
 
     Args:
       config: The recipe with the command line's overrides; see `evaluation_settings`. Fields
@@ -77,8 +82,8 @@ def evaluate_tasks(
       The results of every task, when they are there.
 
     Raises:
-      ConfigError: A task is unknown, a length too short for it, or a field impossible or in
-        contradiction to the run.
+      ConfigError: A task is unknown, a length too short for it, a field impossible or in
+        contradiction to the run, or the model's logits are not finite where it writes.
       FileNotFoundError: The directory holds no run or no checkpoint.
       CheckpointError: No checkpoint is intact.
     """
@@ -107,17 +112,23 @@ def evaluate_tasks(
     rows = row_sharding(config.eval.batch_size)
     graphdef, params = nnx.split(model)
     params = jax.device_put(params, NamedSharding(rows.mesh, PartitionSpec()))
-    score_all = functools.partial(
-        score, _predict(graphdef, rows), params, batch_size=config.eval.batch_size, rows=rows
+    scores_of = functools.partial(
+        _scores,
+        functools.partial(score, _predict(graphdef, rows), params, rows=rows),
+        Engine(model, tokenizer),
+        batch_size=config.eval.batch_size,
     )
     notes = _notes(settings, Path(workdir))
     for task, by_length in zip(tasks, examples, strict=True):
-        scores = itertools.chain.from_iterable(score_all(part) for part in by_length)
+        scores = itertools.chain.from_iterable(scores_of(part) for part in by_length)
         total = sum(len(part) for part in by_length)
-        shown = list(track(scores, task.name, total=total, transient=True))
+        try:
+            shown = list(track(scores, task.name, total=total, transient=True))
+        except NonFiniteLogitsError as error:
+            raise ConfigError(str(error)) from error
         per_length = itertools.batched(shown, total // len(grid.lengths))
         cells = (
-            grid.cells(length, part, length_scores)
+            grid.cells(task, length, part, length_scores)
             for length, part, length_scores in zip(grid.lengths, by_length, per_length, strict=True)
         )
         yield TaskEvaluation(
@@ -128,8 +139,26 @@ def evaluate_tasks(
             attention=model_config.attention,
             config=config,
             task=task.name,
+            measure=task.measure,
             cells=tuple(itertools.chain.from_iterable(cells)),
         )
+
+
+def _scores(
+    score_all: Callable[..., Iterator[Score]],
+    engine: Engine,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+) -> Iterator[Score]:
+    scores = score_all(examples, batch_size=batch_size)
+    if not examples[0].references:
+        return scores
+    credits = written_credits(engine, examples, batch_size=batch_size)
+    return (
+        dataclasses.replace(score, credit=credit)
+        for score, credit in zip(scores, credits, strict=True)
+    )
 
 
 def _predict(graphdef: nnx.GraphDef, rows: NamedSharding) -> Predict:

@@ -18,16 +18,16 @@ class Cell:
 
     Attributes:
       length: Tokens that prompts could have.
-      depth: Share of the filler before what is asked for.
+      depth: Share of the filler before what is asked for; None for a task that has no depths.
       samples: Examples.
       prompt_tokens: That their prompts have, mean.
-      correct: Examples that were answered exactly, under greedy decoding.
-      accuracy: `correct / samples`.
+      correct: Examples with full credit.
+      accuracy: Mean credit of the examples, see `Score`.
       nats_per_token: Mean loss of the answers' tokens.
     """
 
     length: int
-    depth: float
+    depth: float | None
     samples: int
     prompt_tokens: float
     correct: int
@@ -41,7 +41,7 @@ class Grid:
 
     Attributes:
       lengths: Ascending, in tokens.
-      depths: Ascending, from 0 to 1.
+      depths: Ascending, from 0 to 1. Tasks without depths ignore them.
       samples: Examples in each cell.
       seed: Of all of them.
     """
@@ -50,6 +50,10 @@ class Grid:
     depths: tuple[float, ...]
     samples: int
     seed: int
+
+    def depths_of(self, task: Task) -> tuple[float | None, ...]:
+        """The depths of a task's cells."""
+        return self.depths if task.has_depth else (None,)
 
     def examples(self, task: Task, tokenizer: Tokenizer, length: int) -> list[Example]:
         """Makes the examples of a length, depth by depth.
@@ -63,26 +67,26 @@ class Grid:
         try:
             return [
                 task.make(tokenizer, length, depth, np.random.default_rng([self.seed, length, i]))
-                for depth in self.depths
+                for depth in self.depths_of(task)
                 for i in range(self.samples)
             ]
         except ValueError as error:
             raise ValueError(f"eval.task_lengths, task {task.name}: {error}") from error
 
     def cells(
-        self, length: int, examples: Sequence[Example], scores: Sequence[Score]
+        self, task: Task, length: int, examples: Sequence[Example], scores: Sequence[Score]
     ) -> Iterator[Cell]:
         """Sums up what `examples` made."""
-        for i, depth in enumerate(self.depths):
+        for i, depth in enumerate(self.depths_of(task)):
             part = slice(i * self.samples, (i + 1) * self.samples)
             tokens = sum(len(example.answer) for example in examples[part])
-            correct = sum(score.correct for score in scores[part])
+            credits = [score.credit for score in scores[part]]
             yield Cell(
                 length=length,
                 depth=depth,
                 samples=self.samples,
                 prompt_tokens=float(np.mean([len(example.prompt) for example in examples[part]])),
-                correct=correct,
-                accuracy=correct / self.samples,
+                correct=credits.count(1),
+                accuracy=float(np.mean(credits)),
                 nats_per_token=sum(score.nats for score in scores[part]) / tokens,
             )

@@ -7,12 +7,18 @@ to the value's opening quote, so that the answer is the value alone and not a wa
 from __future__ import annotations
 
 import dataclasses
-import uuid
 
 import numpy as np
 
 from sparsek_jax.data import Tokenizer
-from sparsek_jax.evaluation.tasks.task import Example, encode_example, most_units, prompt_tokens
+from sparsek_jax.evaluation.tasks.draws import draw_uuid
+from sparsek_jax.evaluation.tasks.task import (
+    ANSWERED_EXACTLY,
+    Example,
+    encode_example,
+    most_units,
+    prompt_tokens,
+)
 
 _INTRODUCTION = "Extract the value corresponding to the specified key in the JSON object below."
 
@@ -22,9 +28,11 @@ class KeyValue:
     """See the module."""
 
     name: str = "key_value"
+    measure: str = ANSWERED_EXACTLY
+    has_depth: bool = True
 
     def make(
-        self, tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Generator
+        self, tokenizer: Tokenizer, length: int, depth: float | None, rng: np.random.Generator
     ) -> Example:
         """See `Task.make`; a unit is another pair."""
         key, value = _pair(rng)
@@ -46,5 +54,4 @@ class KeyValue:
 
 
 def _pair(rng: np.random.Generator) -> tuple[str, str]:
-    key, value = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2))
-    return key, value
+    return draw_uuid(rng), draw_uuid(rng)

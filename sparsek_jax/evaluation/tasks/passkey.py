@@ -11,18 +11,18 @@ import dataclasses
 import numpy as np
 
 from sparsek_jax.data import Tokenizer
-from sparsek_jax.evaluation.tasks.task import Example, encode_example, most_units, prompt_tokens
+from sparsek_jax.evaluation.tasks.task import (
+    ANSWERED_EXACTLY,
+    FILLER,
+    Example,
+    encode_example,
+    most_units,
+    prompt_tokens,
+)
 
 _INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
-)
-_FILLER = (
-    "The grass is green.",
-    "The sky is blue.",
-    "The sun is yellow.",
-    "Here we go.",
-    "There and back again.",
 )
 _QUESTION = "What is the pass key? The pass key is"
 
@@ -32,9 +32,11 @@ class Passkey:
     """See the module."""
 
     name: str = "passkey"
+    measure: str = ANSWERED_EXACTLY
+    has_depth: bool = True
 
     def make(
-        self, tokenizer: Tokenizer, length: int, depth: float, rng: np.random.Generator
+        self, tokenizer: Tokenizer, length: int, depth: float | None, rng: np.random.Generator
     ) -> Example:
         """See `Task.make`; a unit is a sentence."""
         passkey = int(rng.integers(10_000, 100_000))
@@ -50,4 +52,4 @@ class Passkey:
 
 
 def _filler(sentences: int) -> str:
-    return " ".join(_FILLER[i % len(_FILLER)] for i in range(sentences))
+    return " ".join(FILLER[i % len(FILLER)] for i in range(sentences))

@@ -35,7 +35,7 @@ def print_task(evaluation: TaskEvaluation, console: Console | None = None) -> No
         console.print(f"[yellow]note:[/] {escape(note)}")
     # A title would be broken to the width of the table, which may be one column.
     console.print(
-        f"{evaluation.task}: answered exactly, of {evaluation.cells[0].samples} a cell "
+        f"{evaluation.task}: {evaluation.measure}, {evaluation.cells[0].samples} samples a cell "
         "(nats per token of the answer)"
     )
     table = Table()
@@ -47,7 +47,7 @@ def print_task(evaluation: TaskEvaluation, console: Console | None = None) -> No
     for depth in depths:
         row = (cells[length, depth] for length in lengths)
         shown = (f"{cell.accuracy:.0%} ({cell.nats_per_token:.2f})" for cell in row)
-        table.add_row(f"{depth:g}", *shown)
+        table.add_row(_depth_name(depth), *shown)
     console.print(table)
 
 
@@ -73,6 +73,7 @@ def task_to_json(evaluation: TaskEvaluation) -> dict[str, Any]:
             "attention": describe_attention(evaluation.attention),
             "notes": evaluation.notes,
             "task": evaluation.task,
+            "measure": evaluation.measure,
             "cells": [dataclasses.asdict(cell) for cell in evaluation.cells],
             "config": json.loads(evaluation.config.to_json()),
         }
@@ -89,7 +90,7 @@ def plot_task(evaluation: TaskEvaluation, path: Path) -> None:
     figure = Figure(figsize=(2 * width + 3.2, height + 1.7), dpi=150, layout="constrained")
     worst = max(_GUESSED_NATS, *(cell.nats_per_token for cell in evaluation.cells))
     panels = (
-        ("accuracy", "answered exactly", "viridis", 1.0, "{:.0%}"),
+        ("accuracy", evaluation.measure, "viridis", 1.0, "{:.0%}"),
         ("nats_per_token", "nats per token of the answer", "viridis_r", worst, "{:.2f}"),
     )
     for ax, panel in zip(figure.subplots(1, 2), panels, strict=True):
@@ -112,13 +113,17 @@ def _heat_map(figure, ax, evaluation, field, title, colours, top, style) -> None
         text = style.format(value)
         ax.text(column, row, text, ha="center", va="center", fontsize=8, color="w" if dark else "k")
     ax.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], fontsize=8)
-    ax.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=8)
+    ax.set_yticks(range(len(depths)), [_depth_name(depth) for depth in depths], fontsize=8)
     ax.set(xlabel="tokens of prompt", ylabel="depth")
     ax.set_title(title, fontsize=9)
     figure.colorbar(image, ax=ax)
 
 
-def _axes(evaluation: TaskEvaluation) -> tuple[list[int], list[float]]:
+def _depth_name(depth: float | None) -> str:
+    return "any" if depth is None else f"{depth:g}"
+
+
+def _axes(evaluation: TaskEvaluation) -> tuple[list[int], list[float | None]]:
     return tuple(
         sorted({getattr(cell, field) for cell in evaluation.cells}) for field in ("length", "depth")
     )

@@ -1,4 +1,4 @@
-"""Exact match of answers, and their nats, in one forward pass.
+"""Exact match of answers, or of each token of them, and their nats, in one forward pass.
 
 A model that is shown the right answer and finds each of its tokens the likeliest after those before
 would have written just that answer by itself, greedily: up to its first other token, greedy
@@ -31,11 +31,12 @@ class Score:
     """How a model did on an example.
 
     Attributes:
-      correct: Whether greedy decoding writes the answer.
+      credit: 1 if greedy decoding writes the answer, else 0; of queries, the share that is right.
+        Of text that was written, the share of the references that it contains.
       nats: Negative log-likelihood of the answer, summed over its tokens.
     """
 
-    correct: bool
+    credit: float
     nats: float
 
 
@@ -59,31 +60,31 @@ def score(
     Yields:
       The score of every example.
     """
-    width = max(len(example.prompt) + len(example.answer) - 1 for example in examples)
+    width = max(len(example.tokens) for example in examples)
     answer_width = max(len(example.answer) for example in examples)
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         arrays = _arrays(batch, batch_size, width, answer_width)
         correct, nats = jax.device_get(_measure(predict, params, *jax.device_put(arrays, rows)))
-        for i in range(len(batch)):
-            yield Score(bool(correct[i]), float(nats[i]))
+        for example, right, lost in zip(batch, correct, nats, strict=False):
+            right = right[: len(example.answer)]
+            credit = right.all() if example.queries is None else right.mean()
+            yield Score(float(credit), float(lost))
 
 
 def _arrays(
     batch: Sequence[Example], size: int, width: int, answer_width: int
 ) -> tuple[np.ndarray, ...]:
-    """Tokens `[B, T]`; positions before answers, their tokens, and which are real, `[B, A]`."""
+    """Tokens `[B, T]`; positions before answers, these, and which are real, `[B, A]`."""
     # Padding is behind, out of sight of what comes before; the rows that lack are padding, too.
     tokens = np.zeros((size, width), np.int32)
     at = np.zeros((size, answer_width), np.int32)
     answers = np.zeros((size, answer_width), np.int32)
     real = np.zeros((size, answer_width), bool)
     for i, example in enumerate(batch):
-        prompt, answer = example.prompt, example.answer
-        tokens[i, : len(prompt) + len(answer) - 1] = np.concatenate([prompt, answer[:-1]])
-        at[i, : len(answer)] = len(prompt) - 1 + np.arange(len(answer))
-        answers[i, : len(answer)] = answer
-        real[i, : len(answer)] = True
+        count = len(example.answer)
+        tokens[i, : len(example.tokens)] = example.tokens
+        at[i, :count], answers[i, :count], real[i, :count] = example.at, example.answer, True
     return tokens, at, answers, real
 
 
@@ -95,9 +96,9 @@ def _measure(
     at: Int32[Array, "B A"],
     answers: Int32[Array, "B A"],
     real: Bool[Array, "B A"],
-) -> tuple[Bool[Array, " B"], Float32[Array, " B"]]:
+) -> tuple[Bool[Array, "B A"], Float32[Array, " B"]]:
     logits = predict(params, tokens, at)
-    correct = jnp.all((jnp.argmax(logits, axis=-1) == answers) | ~real, axis=1)
+    correct = jnp.argmax(logits, axis=-1) == answers
     log_p = jax.nn.log_softmax(logits, axis=-1)
     nats = -jnp.take_along_axis(log_p, answers[:, :, None], axis=-1)[:, :, 0]
     return correct, jnp.sum(jnp.where(real, nats, 0.0), axis=1)
