@@ -5,6 +5,7 @@ from sparsek_jax.nn.alternatives import (
     KeyNormAttention,
     RandomAttention,
     SinkAttention,
+    StridedAttention,
     WindowAttention,
 )
 from sparsek_jax.nn.attention import SparseKAttention
@@ -24,5 +25,6 @@ __all__ = [
     "ScoringNetwork",
     "SinkAttention",
     "SparseKAttention",
+    "StridedAttention",
     "WindowAttention",
 ]

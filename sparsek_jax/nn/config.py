@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from sparsek_jax.ops.attention import GATINGS, Implementation
 
-KINDS = ("sparsek", "dense", "window", "sinks", "random", "key_norm")
+KINDS = ("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -16,7 +16,7 @@ class AttentionConfig:
     """One attention layer.
 
     Attributes:
-      kind: One of `KINDS` (`nn/alternatives.py` says what they are), in every layer unless
+      kind: One of `KINDS` (`nn/alternatives` says what they are), in every layer unless
         `pattern` is given.
       pattern: Kinds that repeat over the layers, such as ("window", "sparsek").
       num_heads: Query heads N.

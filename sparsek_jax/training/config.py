@@ -40,7 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.attention = ml_collections.ConfigDict()
     # "dense", "window", or selection by other than learned scores: "sinks" (the first keys),
-    # "random", "key_norm" (keys of low norm)
+    # "random", "key_norm" (keys of low norm), "strided" (keys at equal distances)
     config.attention.kind = "sparsek"
     # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
     # --config.attention.pattern="('window','sparsek')"

@@ -16,6 +16,7 @@ from sparsek_jax.nn import (
     RandomAttention,
     SinkAttention,
     SparseKAttention,
+    StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.config import KINDS
@@ -35,6 +36,9 @@ LENGTH = 23
 IDS = np.array([np.repeat([1, 2, 1], [7, 1, 15]), np.repeat([0, 1, 1], [13, 2, 8])])
 
 
+KINDS_WITHOUT_SCORES = [SinkAttention, RandomAttention, KeyNormAttention, StridedAttention]
+
+
 def make(kind, **changes):
     return kind(dataclasses.replace(CONFIG, **changes), 8, rngs=nnx.Rngs(0))
 
@@ -51,11 +55,21 @@ def sees(layer, key, ids, index):
             chosen = [j for j in pool if j - start < k]
         elif isinstance(layer, KeyNormAttention):
             chosen = sorted(pool, key=lambda j, x=key[b, :, h]: np.sum(x[j] ** 2))[:k]
+        elif isinstance(layer, StridedAttention):
+            chosen = sorted(pool, key=lambda j, s=start: (block(j - s), j), reverse=True)[:k]
         else:
             drawn = random_numbers(index)
             chosen = sorted(pool, key=lambda j, s=start, h=h, x=drawn: -x[j - s, h])[:k]
         mask[b, h, t, [*chosen, *range(max(start, t - w + 1), t + 1)]] = True
     return mask
+
+
+def block(position):
+    """The largest power of two such that a position is the last of a block of so many."""
+    size = 1
+    while (position + 1) % (2 * size) == 0:
+        size *= 2
+    return size
 
 
 @functools.cache
@@ -93,6 +107,7 @@ def expected(mask, *arrays):
         (KeyNormAttention, "xla", LENGTH, {}, True),
         (KeyNormAttention, "reference", LENGTH, {"gating": "straight_through"}, False),
         (SinkAttention, "reference", 5, {"num_selected": 9}, False),
+        (StridedAttention, "xla", LENGTH, {"num_selected": 3}, True),
     ],
 )
 def test_outputs_and_gradients_are_those_of_masks(kind, implementation, length, changes, packed):
@@ -140,7 +155,19 @@ def test_all_kinds_have_the_parameters_of_dense_attention_and_learn_with_them():
         assert (len(paths) > len(dense)) == (LAYERS[kind] is SparseKAttention)
 
 
-@pytest.mark.parametrize("kind", [SinkAttention, RandomAttention, KeyNormAttention])
+def test_strided_keys_lie_at_equal_distances():
+    layer, positions = make(StridedAttention), np.arange(2**20 + 7)
+    importance = np.asarray(layer.importance(None, jnp.asarray(positions)[None], 0))[0, :, 0]
+    assert len(np.unique(importance)) == importance.size
+    for length in (4, 32, 4 * 1024, 2**20, 2**20 + 7):
+        kept = np.sort(np.argsort(importance[:length])[-4:])
+        stride = 2 ** int(np.log2(length / 4))
+        np.testing.assert_array_equal(kept, stride * np.arange(1, 5) - 1)
+    # And between: the blocks that are whole, then half blocks from the newest on.
+    np.testing.assert_array_equal(np.sort(np.argsort(importance[:27])[-4:]), [7, 15, 19, 23])
+
+
+@pytest.mark.parametrize("kind", KINDS_WITHOUT_SCORES)
 def test_there_is_neither_a_gate_nor_a_score_to_see(kind):
     layer = make(kind, implementation="reference")
     out, scores = jax.eval_shape(lambda x: layer(x, return_scores=True), jnp.zeros((2, LENGTH, 8)))

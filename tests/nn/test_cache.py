@@ -33,7 +33,7 @@ VARIANTS = {
     "dense": {"kind": "dense", "qk_norm": True},
     "mixed": {"pattern": ("window", "sparsek")},
     "xla": {"implementation": "xla"},
-    "unlearned": {"pattern": ("sinks", "random", "key_norm")},
+    "unlearned": {"pattern": ("sinks", "random", "key_norm", "strided")},
 }
 
 
@@ -142,7 +142,7 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("variant", "num_layers"), [("mixed", 2), ("mixed", 4), ("dense", 2), ("unlearned", 6)]
+    ("variant", "num_layers"), [("mixed", 2), ("mixed", 4), ("dense", 2), ("unlearned", 8)]
 )
 def test_rows_of_different_lengths_and_reset(variant, num_layers):
     model = make(variant, num_layers=num_layers, scan_layers=num_layers > 2)
@@ -174,7 +174,7 @@ def test_rows_of_different_lengths_and_reset(variant, num_layers):
 
 
 # Random selection differs between layers: all must know which they are.
-@pytest.mark.parametrize(("variant", "num_layers"), [("mixed", 4), ("unlearned", 6)])
+@pytest.mark.parametrize(("variant", "num_layers"), [("mixed", 4), ("unlearned", 8)])
 def test_unstacked_layers_are_those_of_the_stack(variant, num_layers):
     model = make(variant, num_layers=num_layers, scan_layers=True)
     unstacked = model.unstacked()

@@ -14,7 +14,7 @@ MODEL = {"vocab_size": 16, "num_layers": 3, "d_model": 32, "mlp_dim": 64}
         ("num_heads", 4.0),
         ("num_kv_heads", True),
         ("head_dim", -8),
-        ("kind", "strided"),
+        ("kind", "linear"),
         ("pattern", ("sparsek", "local")),
         ("pattern", ["sparsek"]),
         ("num_selected", 0),
