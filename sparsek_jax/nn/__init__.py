@@ -1,8 +1,10 @@
 """Flax (NNX) layers: scoring network, attention of several kinds and a decoder."""
 
 from sparsek_jax.nn.alternatives import (
+    BigBirdAttention,
     DenseAttention,
     KeyNormAttention,
+    MobaAttention,
     RandomAttention,
     SinkAttention,
     StridedAttention,
@@ -16,11 +18,13 @@ from sparsek_jax.nn.scorer import ScoringNetwork
 
 __all__ = [
     "AttentionConfig",
+    "BigBirdAttention",
     "Decoder",
     "DecoderCache",
     "DecoderConfig",
     "DenseAttention",
     "KeyNormAttention",
+    "MobaAttention",
     "RandomAttention",
     "ScoringNetwork",
     "SinkAttention",

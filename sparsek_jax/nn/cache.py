@@ -6,6 +6,7 @@ All are pytrees of fixed shapes. In every array the first axis is the batch. Exc
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,7 @@ class WindowCache:
 )
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Of dense attention, which has to remember all tokens and has room for so many.
+    """Of attention that has to remember all tokens and has room for so many.
 
     Attributes:
       key: Token p lies in row p.
@@ -114,7 +115,7 @@ class DecoderCache:
 
 
 def check_room(cache: DecoderCache, num_tokens: Int[Array, " B"]) -> None:
-    """Raises ValueError if dense layers lack room, as far as the lengths are known.
+    """Raises ValueError if layers with a `DenseCache` lack room, as far as the lengths are known.
 
     Args:
       cache: The cache.
@@ -126,8 +127,8 @@ def check_room(cache: DecoderCache, num_tokens: Int[Array, " B"]) -> None:
     needed = np.asarray(cache.length) + np.asarray(num_tokens)
     if needed.max(initial=0) > min(rooms):
         raise ValueError(
-            f"max_length={min(rooms)} tokens is the cache's room for dense attention; expected at "
-            f"least {needed.max()}"
+            f"max_length={min(rooms)} tokens is the cache's room, which layers that remember all "
+            f"tokens need; expected at least {needed.max()}"
         )
 
 
@@ -148,7 +149,9 @@ def init_dense_cache(
       ValueError: It is missing or out of range.
     """
     if max_length is None:
-        raise ValueError("max_length=None; expected an int, as there are layers of dense attention")
+        raise ValueError(
+            "max_length=None; expected an int, as there are layers that remember all tokens"
+        )
     if not isinstance(max_length, int) or isinstance(max_length, bool):
         raise TypeError(f"max_length must be an int, got {max_length!r}")
     if max_length < 1:
@@ -167,10 +170,20 @@ def extend_dense_cache(
     key: Float[Array, "B C K H"],
     value: Float[Array, "B C K H"],
     num_tokens: Int[Array, " B"],
+    attend: Callable[..., Float[Array, "B C N H"]] = positioned_attention,
 ) -> tuple[DenseCache, Float[Array, "B C N H"]]:
     """Appends the first `num_tokens` tokens and attends over all so far.
 
-    A token for which there is no room has NaN as its output.
+    Args:
+      cache: What came before.
+      query: Of the next tokens.
+      key: Of the next tokens.
+      value: Of the next tokens.
+      num_tokens: How many of them each member of the batch appends.
+      attend: Attention, with the arguments of `positioned_attention`.
+
+    Returns:
+      The new cache and the output. A token for which there is no room has NaN as its output.
     """
     room = cache.key.shape[1]
     appended, positions = _appended(cache, query, num_tokens)
@@ -180,7 +193,7 @@ def extend_dense_cache(
         _set_rows(cache.value, row, value),
         cache.length + num_tokens,
     )
-    out = positioned_attention(
+    out = attend(
         query,
         cache.key,
         cache.value,

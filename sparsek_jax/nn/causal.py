@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from sparsek_jax.ops.selection import document_bounds
 
@@ -77,17 +77,38 @@ def positioned_attention(
     key_positions: Int[Array, "#B S"],
 ) -> Float[Array, "B C N H"]:
     """Attention of the query at position t over the keys at `0 <= j <= t`."""
-    length, chunk_size = query.shape[1], _DENSE_CHUNK["xla"]
 
-    def attend(chunk):
-        query, positions = chunk
+    def attend(query, positions):
         start = jnp.zeros_like(positions)
         return _masked_attention("xla", query, key, value, start, positions, key_positions)
 
-    if length <= chunk_size:
-        return attend((query, positions))
-    chunks = (_split(query, chunk_size), _split(positions, chunk_size))
-    return _join(jax.lax.map(attend, chunks))[:, :length]
+    return over_query_chunks(attend, query, positions)
+
+
+def over_query_chunks(
+    attend: Callable[..., PyTree],
+    *per_query: Shaped[Array, "B T ..."],
+    chunk_size: int | None = None,
+) -> PyTree:
+    """Applies a function to a chunk of queries at a time, and again in the backward pass.
+
+    Args:
+      attend: Of arrays `[B, C, ...]`, returns such arrays. Gradients of what it closes over are
+        summed over the chunks in its dtype, which should be float32 where they matter.
+      *per_query: Its arguments for all queries.
+      chunk_size: C, by default what suits logits of all heads and keys.
+
+    Returns:
+      What it returns, for all queries.
+    """
+    length = per_query[0].shape[1]
+    chunk_size = chunk_size or min(_DENSE_CHUNK["xla"], length)
+    attend = jax.checkpoint(attend)
+    if chunk_size == length:
+        return attend(*per_query)
+    chunks = [_split(x, chunk_size) for x in per_query]
+    outs = jax.lax.map(lambda chunk: attend(*chunk), chunks)
+    return jax.tree.map(lambda x: _join(x)[:, :length], outs)
 
 
 def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
@@ -119,16 +140,13 @@ def _fused(sliding_window: int | None, query, key, value, start):
 
 
 def _dense_chunks(backend: Backend, query, key, value, start):
-    length = query.shape[1]
-    chunk_size = _even(min(_DENSE_CHUNK[backend], length))
+    chunk_size = _even(min(_DENSE_CHUNK[backend], query.shape[1]))
     dtype = key.dtype
     # The chunks' gradients of keys and values are summed outside: in float32.
     key, value = (_join(_split(x, chunk_size)).astype(jnp.float32) for x in (key, value))
     key_positions = jnp.arange(key.shape[1])
 
-    @jax.checkpoint
-    def attend(chunk):
-        query, start, query_positions = chunk
+    def attend(query, start, query_positions):
         return _masked_attention(
             backend,
             query,
@@ -139,9 +157,8 @@ def _dense_chunks(backend: Backend, query, key, value, start):
             key_positions,
         )
 
-    chunks = (_split(query, chunk_size), _split(start, chunk_size))
-    query_positions = key_positions.reshape(-1, chunk_size)
-    return _join(jax.lax.map(attend, (*chunks, query_positions)))[:, :length]
+    query_positions = jnp.broadcast_to(jnp.arange(query.shape[1]), start.shape)
+    return over_query_chunks(attend, query, start, query_positions, chunk_size=chunk_size)
 
 
 def _window_chunks(sliding_window: int, backend: Backend, query, key, value, start):

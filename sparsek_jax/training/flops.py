@@ -27,12 +27,24 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def attended_keys(
-    kind: str, positions: Int[np.ndarray, "..."], *, num_selected: int, sliding_window: int
+    kind: str,
+    positions: Int[np.ndarray, "..."],
+    *,
+    num_selected: int,
+    sliding_window: int,
+    block_size: int = 1,
 ) -> int:
-    """Query-key pairs of one head, for queries at these positions of their documents."""
+    """Query-key pairs of one head, for queries at these positions of their documents.
+
+    Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
+    """
     visible = positions.astype(np.int64) + 1
     if kind == "dense":
         return int(np.sum(visible))
+    if kind == "moba":
+        chosen = (num_selected + sliding_window) // block_size - 1
+        past = positions.astype(np.int64) // block_size
+        return int(np.sum(visible - past * block_size + np.minimum(past, chosen) * block_size))
     window = np.minimum(visible, sliding_window)
     if kind == "window":
         return int(np.sum(window))
@@ -68,6 +80,10 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
             positions,
             num_selected=attention.num_selected,
             sliding_window=attention.sliding_window,
+            block_size=attention.block_size,
         )
+        if kind == "moba":
+            # Products of queries with the mean keys of past blocks; there are no values.
+            pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
         multiply_adds += num_tokens * (projections + mlp) + 2 * query_dim * pairs
     return 6.0 * multiply_adds

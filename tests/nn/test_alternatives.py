@@ -20,6 +20,7 @@ from sparsek_jax.nn import (
 )
 from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.config import KINDS
+from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
 
 CONFIG = AttentionConfig(
@@ -80,20 +81,6 @@ def random_numbers(index):
     return np.asarray(jax.jit(layer.importance)(key, positions, index))[0]
 
 
-def masked(query, key, value, mask):
-    """Softmax attention over a mask, as one would write it first."""
-    groups = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
-    logits = jnp.where(jnp.repeat(mask, groups, axis=1), logits, -jnp.inf)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), value)
-
-
-def with_gradients(attend, query, key, value, weight):
-    out, vjp = jax.vjp(attend, query, key, value)
-    return [out, *vjp(weight.astype(out.dtype))]
-
-
 @jax.jit
 def expected(mask, *arrays):
     return with_gradients(lambda *qkv: masked(*qkv, mask), *arrays)
@@ -128,9 +115,7 @@ def test_outputs_and_gradients_are_those_of_masks(kind, implementation, length, 
     mask = sees(layer, arrays[1].astype(np.float64), ids, index=1)
     with jax.enable_x64(True):
         truth = expected(mask, *(x.astype(np.float64) for x in arrays))
-    for ours, exact in zip(*jax.tree.map(np.asarray, (run(*arrays), truth)), strict=True):
-        assert exact.dtype == np.float64
-        assert np.linalg.norm(ours - exact) <= 1e-5 * np.linalg.norm(exact)
+    assert_close(run(*arrays), truth)
 
 
 def test_random_numbers_depend_on_layer_head_and_position_only():

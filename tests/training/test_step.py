@@ -183,6 +183,17 @@ def test_flops_count_attended_keys_only(kind, k, w):
     assert packed == 2 * attended_keys(kind, positions[:10], num_selected=k, sliding_window=w)
 
 
+@pytest.mark.parametrize(("kind", "k", "w"), [("bigbird", 6, 4), ("moba", 6, 3)])
+def test_flops_of_blocks(kind, k, w):
+    past = [t // 3 * 3 for t in range(20)]
+    expected = {
+        "bigbird": sum(min(k + w, t + 1) for t in range(20)),
+        "moba": sum(t + 1 - past[t] + min(past[t], k + w - 3) for t in range(20)),
+    }
+    sizes = {"num_selected": k, "sliding_window": w, "block_size": 3}
+    assert attended_keys(kind, np.arange(20), **sizes) == expected[kind]
+
+
 def test_flops_of_a_row_by_hand():
     attention = nn.AttentionConfig(kind="dense", num_heads=2, num_kv_heads=1, head_dim=4)
     config = nn.DecoderConfig(

@@ -5,6 +5,7 @@ Some kinds select, with SparseK's operator and cache, by scores that nobody has 
 is worth what it is better than these.
 """
 
+from sparsek_jax.nn.alternatives.blocks import BigBirdAttention, MobaAttention
 from sparsek_jax.nn.alternatives.plain import DenseAttention, WindowAttention
 from sparsek_jax.nn.alternatives.selection import (
     KeyNormAttention,
@@ -23,12 +24,16 @@ LAYERS = {
     "random": RandomAttention,
     "key_norm": KeyNormAttention,
     "strided": StridedAttention,
+    "bigbird": BigBirdAttention,
+    "moba": MobaAttention,
 }
 
 __all__ = [
     "LAYERS",
+    "BigBirdAttention",
     "DenseAttention",
     "KeyNormAttention",
+    "MobaAttention",
     "RandomAttention",
     "SinkAttention",
     "StridedAttention",

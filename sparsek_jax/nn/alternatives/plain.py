@@ -15,6 +15,8 @@ from sparsek_jax.nn.causal import dense_attention, window_attention
 class DenseAttention(Attention):
     """Attention over the whole document."""
 
+    needs_room = True
+
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""
         del x, sharding, layer

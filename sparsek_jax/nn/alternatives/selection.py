@@ -1,5 +1,7 @@
 """Selection by scores that nobody has to learn, with SparseK's operator and cache."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
@@ -7,6 +9,26 @@ from jaxtyping import Array, Float, Float32, Int
 from sparsek_jax.nn.attention import SelectiveAttention
 from sparsek_jax.nn.cache import ScoredCache
 from sparsek_jax.nn.rotary import document_positions
+
+
+def uniform_numbers(
+    layer: int | Int[Array, ""], *indices: Int[Array, "..."], num_heads: int
+) -> Float32[Array, "... K"]:
+    """Random numbers in [0, 1) that depend on layer, head and indices only.
+
+    Args:
+      layer: Index in the decoder.
+      *indices: Arrays that broadcast together.
+      num_heads: K.
+    """
+    # Named, as the default generator is the user's choice and could change between runs.
+    rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
+
+    def draw(*index):
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, index, rng), (num_heads,))
+
+    scalars = ",".join("()" for _ in indices)
+    return jnp.vectorize(draw, signature=f"{scalars}->(k)")(*indices)
 
 
 class UnlearnedSelection(SelectiveAttention):
@@ -75,13 +97,7 @@ class RandomAttention(UnlearnedSelection):
 
     def importance(self, key, positions, layer):
         """Returns `[B, T, K]`, a function of layer, position and head only."""
-        # Named, as the default generator is the user's choice and could change between runs.
-        rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
-
-        def draw(position):
-            return jax.random.uniform(jax.random.fold_in(rng, position), key.shape[2:3])
-
-        return jax.vmap(jax.vmap(draw))(positions)
+        return uniform_numbers(layer, positions, num_heads=key.shape[2])
 
 
 class KeyNormAttention(UnlearnedSelection):
