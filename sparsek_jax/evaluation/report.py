@@ -223,7 +223,7 @@ def describe_attention(attention: AttentionConfig) -> str:
         parts.append(f"k={attention.num_selected}")
     if set(kinds) - {"dense"}:
         parts.append(f"w={attention.sliding_window}")
-    if set(kinds) & {"bigbird", "moba"}:
+    if set(kinds) & {"bigbird", "moba", "nsa"}:
         parts.append(f"block={attention.block_size}")
     if "sparsek" in kinds and attention.gating != "soft":
         parts.append(attention.gating)

@@ -75,11 +75,14 @@ def positioned_attention(
     *,
     positions: Int[Array, "B C"],
     key_positions: Int[Array, "#B S"],
+    sliding_window: int | None = None,
 ) -> Float[Array, "B C N H"]:
-    """Attention of the query at position t over the keys at `0 <= j <= t`."""
+    """Attention of the query at position t over the keys at `0 <= j <= t`, or in its window."""
 
     def attend(query, positions):
         start = jnp.zeros_like(positions)
+        if sliding_window is not None:
+            start = jnp.maximum(start, positions - sliding_window + 1)
         return _masked_attention("xla", query, key, value, start, positions, key_positions)
 
     return over_query_chunks(attend, query, positions)

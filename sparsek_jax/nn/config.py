@@ -9,8 +9,10 @@ from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = (
     *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
-    *("bigbird", "moba"),
+    *("bigbird", "moba", "nsa"),
 )
+# With parameters that other kinds lack, and that are no scorers.
+KINDS_WITH_PARAMETERS = ("nsa",)
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -28,7 +30,7 @@ class AttentionConfig:
       num_selected: k, keys that a query selects (all kinds but dense and window).
       sliding_window: w, newest keys that a query always sees (all kinds but dense; "moba" selects
         so many more instead).
-      block_size: Keys that "bigbird" and "moba" select together; a divisor of what they select.
+      block_size: Keys that "bigbird", "moba" and "nsa" select together; divides what they select.
       gating: Of SparseK, "soft" or "straight_through"; what no scorer selects has no gates.
       implementation: Of the SparseK operator, with which kinds attend that select keys and not
         blocks, one that it has; None for the best one.
@@ -92,11 +94,11 @@ class AttentionConfig:
             f"a tuple, each one of {KINDS}",
         )
         kinds = set(self.pattern or (self.kind,))
-        least = 1 if kinds & {"window", "bigbird"} else 0
+        least = 1 if kinds & {"window", "bigbird", "nsa"} else 0
         expect("sliding_window", _is_int(self.sliding_window, least), f"an int of at least {least}")
         expect(
             "num_selected",
-            not kinds & {"bigbird"} or self.num_selected % self.block_size == 0,
+            not kinds & {"bigbird", "nsa"} or self.num_selected % self.block_size == 0,
             f"a multiple of attention.block_size={self.block_size}",
         )
         expect(

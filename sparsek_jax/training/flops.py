@@ -37,15 +37,23 @@ def attended_keys(
     """Query-key pairs of one head, for queries at these positions of their documents.
 
     Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
+    Of "nsa", those of all three branches.
     """
-    visible = positions.astype(np.int64) + 1
+    positions = positions.astype(np.int64)
+    visible = positions + 1
     if kind == "dense":
         return int(np.sum(visible))
+
+    def in_blocks(num_keys):
+        past = positions // block_size
+        chosen = np.minimum(past, num_keys // block_size - 1)
+        return visible + (chosen - past) * block_size
+
     if kind == "moba":
-        chosen = (num_selected + sliding_window) // block_size - 1
-        past = positions.astype(np.int64) // block_size
-        return int(np.sum(visible - past * block_size + np.minimum(past, chosen) * block_size))
+        return int(np.sum(in_blocks(num_selected + sliding_window)))
     window = np.minimum(visible, sliding_window)
+    if kind == "nsa":
+        return int(np.sum(window + in_blocks(num_selected) + visible // block_size))
     if kind == "window":
         return int(np.sum(window))
     return int(np.sum(window + np.minimum(visible - window, num_selected)))
@@ -85,5 +93,9 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
         if kind == "moba":
             # Products of queries with the mean keys of past blocks; there are no values.
             pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
+        if kind == "nsa":
+            # Its gates, and its MLP on keys and on values.
+            width = max(attention.head_dim // 8, 1)
+            projections += 3 * config.d_model * attention.num_heads + 4 * kv_dim * width
         multiply_adds += num_tokens * (projections + mlp) + 2 * query_dim * pairs
     return 6.0 * multiply_adds

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsek_jax.nn import AttentionConfig, BigBirdAttention, MobaAttention, causal
+from sparsek_jax.nn import (
+    AttentionConfig,
+    BigBirdAttention,
+    MobaAttention,
+    NativeSparseAttention,
+    causal,
+)
 from sparsek_jax.nn.alternatives.blocks import whole_blocks
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from tests.nn.masks import assert_close, masked, with_gradients
@@ -38,8 +44,8 @@ def starts(ids, length):
     return np.array([document_starts(row, length) for row in ids])
 
 
-def rows(blocks, start, size):
-    return [start + block * size + i for block in blocks for i in range(size)]
+def rows_of(begins, size):
+    return [begin + i for begin in begins for i in range(size)]
 
 
 def best(scores, count):
@@ -59,7 +65,7 @@ def bigbird_mask(config, query, key, start):
         pool = [c for c in range(num_global, own) if c * size <= own * size + size - 1 - window]
         chosen = best({c: drawn[own, c, h] for c in pool}, count - num_global)
         chosen += range(num_global)
-        mask[b, h, t, rows(chosen, s, size)] = True
+        mask[b, h, t, rows_of([s + c * size for c in chosen], size)] = True
         mask[b, h, t, max(s, t - window + 1) : t + 1] = True
         mask[b, h, t, t + 1 :] = False
     return mask[:, :, : query.shape[1], : query.shape[1]]
@@ -79,9 +85,9 @@ def moba_mask(config, query, key, start):
     mask = np.zeros((batch, num_heads, length, length), bool)
     for b, n, t in np.ndindex(batch, num_heads, length):
         own, s = (t - start[b, t]) // size, start[b, t]
-        means = {c: key[b, rows([c], s, size), n // 3].mean(axis=0) for c in range(own)}
+        means = {c: key[b, rows_of([s + c * size], size), n // 3].mean(axis=0) for c in range(own)}
         chosen = best({c: query[b, t, n] @ mean for c, mean in means.items()}, count)
-        mask[b, n, t, rows(chosen, s, size)] = True
+        mask[b, n, t, rows_of([s + c * size for c in chosen], size)] = True
         mask[b, n, t, s + own * size : t + 1] = True
     return mask
 
@@ -131,6 +137,97 @@ def test_outputs_and_gradients_are_those_of_masks(kind, length, changes, packed)
     assert_close(run(*arrays), truth)
 
 
+def compressed(params, branch, rows):
+    """One row for every block of rows of a head, `[M, size, H]`."""
+    inner, position, outer = (
+        params[f"compress_{branch}"][name] for name in ("inner", "position", "outer")
+    )
+    hidden = jax.nn.gelu(rows @ inner + position, approximate=False)
+    return jnp.mean(rows + hidden @ outer, axis=1)
+
+
+def softmax_over(logits, seen):
+    """Rows of softmax over what is seen, zero where nothing is."""
+    weights = jnp.where(seen, jnp.exp(logits - jnp.max(logits)), 0)
+    return weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
+
+
+def nsa(config, params, x, query, key, value, start):
+    """One member of the batch; not compiled, as the choice of blocks is made in NumPy."""
+    size, (length, num_heads, head_dim) = config.block_size, query.shape
+    begins = [t for t in range(length) if (t - start[t]) % size == 0]
+    begins = [t for t in begins if t + size <= length and start[t + size - 1] == start[t]]
+    t, j, begin = np.arange(length)[:, None], np.arange(length), np.array(begins)
+    complete = (begin >= start[:, None]) & (begin + size - 1 <= t)
+    own = t - (t - start[:, None]) % size
+    out = [None] * num_heads
+    for h in range(key.shape[1]):
+        keys, values = (
+            compressed(params, name, array[begin[:, None] + np.arange(size), h])
+            for name, array in (("key", key), ("value", value))
+        )
+        heads = range(h * num_heads // key.shape[1], (h + 1) * num_heads // key.shape[1])
+        logits = {n: query[:, n] @ keys.T / np.sqrt(head_dim) for n in heads}
+        weights = {n: softmax_over(logits[n], complete) for n in heads}
+        mass = sum(np.asarray(jax.lax.stop_gradient(x)) for x in weights.values())
+        selected = (own <= j) & (j <= t)
+        for row in range(length):
+            past = [m for m in range(len(begins)) if start[row] <= begins[m] < own[row, 0]]
+            chosen = best({m: mass[row, m] for m in past}, config.num_selected // size - 1)
+            selected[row, rows_of([begins[m] for m in chosen], size)] = True
+        window = (j <= t) & (j >= start[:, None]) & (j > t - config.sliding_window)
+        for n in heads:
+            gates = jax.nn.sigmoid(x @ params["gates"])[:, [n, n + num_heads, n + 2 * num_heads]]
+            dense = query[:, n] @ key[:, h].T / np.sqrt(head_dim)
+            branches = [weights[n] @ values]
+            branches += [softmax_over(dense, seen) @ value[:, h] for seen in (selected, window)]
+            out[n] = sum(gates[:, [i]] * branch for i, branch in enumerate(branches))
+    return jnp.stack(out, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "packed"),
+    [(LENGTH, {}, True), (29, {"num_selected": 3, "num_heads": 2, "sliding_window": 1}, False)],
+)
+def test_nsa_is_its_three_branches(length, changes, packed):
+    layer = make(NativeSparseAttention, **changes)
+    query, key, value, weight = inputs(length)
+    num_heads = layer.config.num_heads
+    query, weight = query[:, :, :num_heads], weight[:, :, :num_heads]
+    ids = IDS[:, :length] if packed else np.zeros((2, length), int)
+    rng = np.random.default_rng(1)
+    graphdef, state = nnx.split(layer)
+    # Also what starts with zeros.
+    state = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(np.float32), state)
+    x = rng.standard_normal((2, length, 8)).astype(np.float32)
+
+    @jax.jit
+    def run(state, *arrays):
+        def attend(state, *arrays):
+            layer = nnx.merge(graphdef, state)
+            return layer.mix(*arrays, jnp.asarray(ids) if packed else None, None, 1)[0]
+
+        out, vjp = jax.vjp(attend, state, *arrays)
+        return out, vjp(weight)
+
+    def twin(params, *arrays):
+        start = starts(ids, length)
+        each = [nsa(layer.config, params, *(a[b] for a in arrays), start[b]) for b in range(2)]
+        return jnp.stack(each)
+
+    def own(params):
+        return {name: params[name] for name in ("gates", "compress_key", "compress_value")}
+
+    params = own(nnx.to_pure_dict(state))
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, x, query, key, value))
+        out, vjp = jax.vjp(twin, *wide)
+        truth = [out, *jax.tree.leaves(vjp(jnp.asarray(weight, jnp.float64)))]
+    out, (gradient, *gradients) = run(state, x, query, key, value)
+    gradient = own(nnx.to_pure_dict(gradient))
+    assert_close([out, *jax.tree.leaves((gradient, *gradients))], truth)
+
+
 @pytest.mark.parametrize("size", [1, 3, 4, 60])
 def test_blocks_are_whole_and_of_one_document(size):
     start = starts(IDS, LENGTH)
@@ -146,7 +243,7 @@ def test_blocks_are_whole_and_of_one_document(size):
         np.testing.assert_array_equal(blocks.of_row[b], of_row)
 
 
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention])
 def test_memory_is_linear_in_length(kind, monkeypatch):
     monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 64})
     graphdef, params = nnx.split(make(kind, num_selected=48, sliding_window=48, block_size=16))

@@ -183,10 +183,12 @@ def test_flops_count_attended_keys_only(kind, k, w):
     assert packed == 2 * attended_keys(kind, positions[:10], num_selected=k, sliding_window=w)
 
 
-@pytest.mark.parametrize(("kind", "k", "w"), [("bigbird", 6, 4), ("moba", 6, 3)])
+@pytest.mark.parametrize(("kind", "k", "w"), [("bigbird", 6, 4), ("moba", 6, 3), ("nsa", 6, 4)])
 def test_flops_of_blocks(kind, k, w):
     past = [t // 3 * 3 for t in range(20)]
+    selected = sum(t + 1 - past[t] + min(past[t], k - 3) for t in range(20))
     expected = {
+        "nsa": selected + sum(min(w, t + 1) + (t + 1) // 3 for t in range(20)),
         "bigbird": sum(min(k + w, t + 1) for t in range(20)),
         "moba": sum(t + 1 - past[t] + min(past[t], k + w - 3) for t in range(20)),
     }

@@ -6,6 +6,7 @@ is worth what it is better than these.
 """
 
 from sparsek_jax.nn.alternatives.blocks import BigBirdAttention, MobaAttention
+from sparsek_jax.nn.alternatives.nsa import NativeSparseAttention
 from sparsek_jax.nn.alternatives.plain import DenseAttention, WindowAttention
 from sparsek_jax.nn.alternatives.selection import (
     KeyNormAttention,
@@ -26,6 +27,7 @@ LAYERS = {
     "strided": StridedAttention,
     "bigbird": BigBirdAttention,
     "moba": MobaAttention,
+    "nsa": NativeSparseAttention,
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "DenseAttention",
     "KeyNormAttention",
     "MobaAttention",
+    "NativeSparseAttention",
     "RandomAttention",
     "SinkAttention",
     "StridedAttention",

@@ -88,6 +88,12 @@ class Queries:
         begin = blocks.begin[:, None]
         return (begin >= self.start[..., None]) & (begin < self.own[..., None])
 
+    def complete(self, blocks: Blocks) -> Bool[Array, "B C M"]:
+        """Which blocks of its document have no key after the query; its own may be one."""
+        begin = blocks.begin[:, None]
+        end = begin + blocks.size
+        return (begin >= self.start[..., None]) & (end <= self.row[..., None] + 1)
+
 
 def find_queries(row: Int32[Array, "B C"], start: Int32[Array, "B S"], size: int) -> Queries:
     """Where queries of these rows are, given the first row of every row's document."""
