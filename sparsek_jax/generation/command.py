@@ -258,8 +258,8 @@ def _room(request: Request, engine: Engine) -> int | None:
         return request.max_length or _DEFAULT_ROOM
     if request.max_length is not None:
         raise ConfigError(
-            f"--max_length={request.max_length}, but no layer of the model remembers all tokens; "
-            "expected no limit, as its cache never gets full"
+            f"--max_length={request.max_length}, but the model has no layers that remember all "
+            "tokens; expected no limit, as its cache never gets full"
         )
     return None
 

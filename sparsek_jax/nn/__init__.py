@@ -3,6 +3,7 @@
 from sparsek_jax.nn.alternatives import (
     BigBirdAttention,
     DenseAttention,
+    GatedLinearAttention,
     KeyNormAttention,
     MobaAttention,
     NativeSparseAttention,
@@ -24,6 +25,7 @@ __all__ = [
     "DecoderCache",
     "DecoderConfig",
     "DenseAttention",
+    "GatedLinearAttention",
     "KeyNormAttention",
     "MobaAttention",
     "NativeSparseAttention",

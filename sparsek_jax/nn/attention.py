@@ -19,6 +19,26 @@ from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
 from sparsek_jax.ops.attention import Gating
 
 
+def float32_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, **kwargs) -> nnx.Linear:
+    """Makes a projection without bias that is computed in full float32, as small ones can be.
+
+    Args:
+      inputs: Channels of its input.
+      outputs: Channels of its output.
+      rngs: Source of the initial weights.
+      **kwargs: Of `nnx.Linear`.
+    """
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
+        rngs=rngs,
+        **kwargs,
+    )
+
+
 class Attention(nnx.Module):
     """Query, key, value and output projections around `mix`, which the kinds define.
 

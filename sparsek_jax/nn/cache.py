@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sparsek_jax.nn.causal import positioned_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
@@ -77,7 +77,28 @@ class DenseCache:
     length: Int32[Array, " B"]
 
 
-LayerCache = ScoredCache | WindowCache | DenseCache
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["window", "state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class GatedLinearCache:
+    """Of gated linear attention beside a window.
+
+    Attributes:
+      window: Keys and values of the window.
+      state: Of every KV head, a matrix of key and value channels.
+    """
+
+    window: WindowCache
+    state: Float32[Array, "B K H H"]
+
+    @property
+    def length(self) -> Int32[Array, " B"]:
+        """Tokens so far."""
+        return self.window.length
+
+
+LayerCache = ScoredCache | WindowCache | DenseCache | GatedLinearCache
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
@@ -137,6 +158,14 @@ def init_window_cache(
 ) -> WindowCache:
     """Makes an empty cache of `config.sliding_window` rows."""
     return WindowCache(*_empty(batch_size, config.sliding_window, config, dtype))
+
+
+def init_gated_linear_cache(
+    batch_size: int, config: AttentionConfig, dtype: jax.typing.DTypeLike
+) -> GatedLinearCache:
+    """Makes an empty cache of `config.sliding_window` rows and a matrix for every KV head."""
+    state = jnp.zeros((batch_size, config.num_kv_heads, config.head_dim, config.head_dim))
+    return GatedLinearCache(init_window_cache(batch_size, config, dtype), state)
 
 
 def init_dense_cache(

@@ -9,10 +9,10 @@ from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = (
     *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
-    *("bigbird", "moba", "nsa"),
+    *("bigbird", "moba", "nsa", "gated_linear"),
 )
 # With parameters that other kinds lack, and that are no scorers.
-KINDS_WITH_PARAMETERS = ("nsa",)
+KINDS_WITH_PARAMETERS = ("nsa", "gated_linear")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -27,7 +27,8 @@ class AttentionConfig:
       num_heads: Query heads N.
       num_kv_heads: Key and value heads K; N is a multiple.
       head_dim: Size H of a head.
-      num_selected: k, keys that a query selects (all kinds but dense and window).
+      num_selected: k, keys that a query selects (all kinds but dense, window and
+        gated_linear).
       sliding_window: w, newest keys that a query always sees (all kinds but dense; "moba" selects
         so many more instead).
       block_size: Keys that "bigbird", "moba" and "nsa" select together; divides what they select.
@@ -94,7 +95,7 @@ class AttentionConfig:
             f"a tuple, each one of {KINDS}",
         )
         kinds = set(self.pattern or (self.kind,))
-        least = 1 if kinds & {"window", "bigbird", "nsa"} else 0
+        least = 1 if kinds & {"window", "bigbird", "nsa", "gated_linear"} else 0
         expect("sliding_window", _is_int(self.sliding_window, least), f"an int of at least {least}")
         expect(
             "num_selected",

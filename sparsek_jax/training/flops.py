@@ -37,7 +37,7 @@ def attended_keys(
     """Query-key pairs of one head, for queries at these positions of their documents.
 
     Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
-    Of "nsa", those of all three branches.
+    Of "nsa", those of all three branches; of "gated_linear", those of the window.
     """
     positions = positions.astype(np.int64)
     visible = positions + 1
@@ -54,7 +54,7 @@ def attended_keys(
     window = np.minimum(visible, sliding_window)
     if kind == "nsa":
         return int(np.sum(window + in_blocks(num_selected) + visible // block_size))
-    if kind == "window":
+    if kind in ("window", "gated_linear"):
         return int(np.sum(window))
     return int(np.sum(window + np.minimum(visible - window, num_selected)))
 
@@ -93,6 +93,11 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
         if kind == "moba":
             # Products of queries with the mean keys of past blocks; there are no values.
             pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
+        if kind == "gated_linear":
+            # Forget and output gates; each token changes the states, and its queries read them.
+            rank = max(config.d_model // 64, 1)
+            projections += config.d_model * (rank + attention.num_heads) + rank * kv_dim
+            projections += (kv_dim + query_dim) * attention.head_dim
         if kind == "nsa":
             # Its gates, and its MLP on keys and on values.
             width = max(attention.head_dim // 8, 1)

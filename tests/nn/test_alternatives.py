@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,10 @@ from sparsek_jax.nn import (
     KeyNormAttention,
     RandomAttention,
     SinkAttention,
-    SparseKAttention,
     StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
-from sparsek_jax.nn.config import KINDS
+from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS
 from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
 
@@ -130,26 +130,23 @@ def test_random_numbers_depend_on_layer_head_and_position_only():
     np.testing.assert_array_equal(again[0, 0], drawn[1, 6])
 
 
-def test_all_kinds_have_the_parameters_of_dense_attention_and_learn_with_them():
+def parameters(layer, *arguments):
+    state = nnx.state(nnx.eval_shape(lambda: layer(*arguments, rngs=nnx.Rngs(0))))
+    return {path: math.prod(x.shape) for path, x in nnx.to_flat_state(state)}
+
+
+def test_all_kinds_have_the_parameters_of_dense_attention_and_hardly_more():
     assert tuple(LAYERS) == KINDS
-    dense = dict(nnx.to_flat_state(nnx.state(make(DenseAttention))))
-    for kind in KINDS:
-        layer = nnx.eval_shape(lambda kind=kind: make(LAYERS[kind]))
-        paths = nnx.to_flat_state(nnx.state(layer)).paths
-        assert {path for path in paths if path[0] != "scorer"} == set(dense)
-        assert (len(paths) > len(dense)) == (LAYERS[kind] is SparseKAttention)
-
-
-def test_strided_keys_lie_at_equal_distances():
-    layer, positions = make(StridedAttention), np.arange(2**20 + 7)
-    importance = np.asarray(layer.importance(None, jnp.asarray(positions)[None], 0))[0, :, 0]
-    assert len(np.unique(importance)) == importance.size
-    for length in (4, 32, 4 * 1024, 2**20, 2**20 + 7):
-        kept = np.sort(np.argsort(importance[:length])[-4:])
-        stride = 2 ** int(np.log2(length / 4))
-        np.testing.assert_array_equal(kept, stride * np.arange(1, 5) - 1)
-    # And between: the blocks that are whole, then half blocks from the newest on.
-    np.testing.assert_array_equal(np.sort(np.argsort(importance[:27])[-4:]), [7, 15, 19, 23])
+    config = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=64)
+    dense = parameters(DenseAttention, config, 256)
+    mlp = 3 * 256 * 768
+    for kind, layer in LAYERS.items():
+        own = parameters(layer, config, 256)
+        assert dense.items() <= own.items()
+        more = own.keys() - dense.keys()
+        assert any(path[0] == "scorer" for path in more) == (kind == "sparsek")
+        assert bool(more) == (kind in ("sparsek", *KINDS_WITH_PARAMETERS))
+        assert sum(own.values()) + mlp < 1.01 * (sum(dense.values()) + mlp)
 
 
 @pytest.mark.parametrize("kind", KINDS_WITHOUT_SCORES)

@@ -142,8 +142,8 @@ def compressed(params, branch, rows):
     inner, position, outer = (
         params[f"compress_{branch}"][name] for name in ("inner", "position", "outer")
     )
-    hidden = jax.nn.gelu(rows @ inner + position, approximate=False)
-    return jnp.mean(rows + hidden @ outer, axis=1)
+    hidden = jax.nn.gelu(rows @ inner["kernel"] + position, approximate=False)
+    return jnp.mean(rows + hidden @ outer["kernel"], axis=1)
 
 
 def softmax_over(logits, seen):
@@ -177,7 +177,7 @@ def nsa(config, params, x, query, key, value, start):
             selected[row, rows_of([begins[m] for m in chosen], size)] = True
         window = (j <= t) & (j >= start[:, None]) & (j > t - config.sliding_window)
         for n in heads:
-            gates = jax.nn.sigmoid(x @ params["gates"])[:, [n, n + num_heads, n + 2 * num_heads]]
+            gates = jax.nn.sigmoid(x @ params["gates"]["kernel"])[:, n::num_heads]
             dense = query[:, n] @ key[:, h].T / np.sqrt(head_dim)
             branches = [weights[n] @ values]
             branches += [softmax_over(dense, seen) @ value[:, h] for seen in (selected, window)]

@@ -34,6 +34,7 @@ VARIANTS = {
     "mixed": {"pattern": ("window", "sparsek")},
     "xla": {"implementation": "xla"},
     "unlearned": {"pattern": ("sinks", "random", "key_norm", "strided")},
+    "gated linear": {"kind": "gated_linear"},
     "blocks": {"pattern": ("bigbird", "moba", "nsa"), "sliding_window": 6, "block_size": 3},
 }
 
@@ -144,7 +145,14 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
 
 @pytest.mark.parametrize(
     ("variant", "num_layers"),
-    [("mixed", 2), ("mixed", 4), ("dense", 2), ("unlearned", 8), ("blocks", 6)],
+    [
+        ("mixed", 2),
+        ("mixed", 4),
+        ("dense", 2),
+        ("unlearned", 8),
+        ("blocks", 6),
+        ("gated linear", 2),
+    ],
 )
 def test_rows_of_different_lengths_and_reset(variant, num_layers):
     model = make(variant, num_layers=num_layers, scan_layers=num_layers > 2)

@@ -6,6 +6,7 @@ is worth what it is better than these.
 """
 
 from sparsek_jax.nn.alternatives.blocks import BigBirdAttention, MobaAttention
+from sparsek_jax.nn.alternatives.gated_linear import GatedLinearAttention
 from sparsek_jax.nn.alternatives.nsa import NativeSparseAttention
 from sparsek_jax.nn.alternatives.plain import DenseAttention, WindowAttention
 from sparsek_jax.nn.alternatives.selection import (
@@ -28,12 +29,14 @@ LAYERS = {
     "bigbird": BigBirdAttention,
     "moba": MobaAttention,
     "nsa": NativeSparseAttention,
+    "gated_linear": GatedLinearAttention,
 }
 
 __all__ = [
     "LAYERS",
     "BigBirdAttention",
     "DenseAttention",
+    "GatedLinearAttention",
     "KeyNormAttention",
     "MobaAttention",
     "NativeSparseAttention",

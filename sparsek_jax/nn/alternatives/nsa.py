@@ -13,6 +13,7 @@ from sparsek_jax.nn.alternatives.blocks import (
     in_best_blocks,
     whole_blocks,
 )
+from sparsek_jax.nn.attention import float32_linear
 from sparsek_jax.nn.causal import over_query_chunks, positioned_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.ops.products import einsum_f32
@@ -35,16 +36,17 @@ class BlockCompression(nnx.Module):
           rngs: Source of the initial weights.
         """
         width = max(head_dim // 8, 1)
-        init = nnx.initializers.lecun_normal()
-        self.inner = nnx.Param(init(rngs.params(), (head_dim, width), jnp.float32))
+        self.inner = float32_linear(head_dim, width, rngs=rngs)
         self.position = nnx.Param(jnp.zeros((block_size, width)))
-        self.outer = nnx.Param(jnp.zeros((width, head_dim)))
+        self.outer = float32_linear(
+            width, head_dim, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+        )
 
     def __call__(self, rows: Float32[Array, "B M size K H"]) -> Float32[Array, "B M K H"]:
         """Compresses every block."""
-        hidden = einsum_f32("bmskh,hr->bmskr", rows, self.inner[...])
-        hidden = jax.nn.gelu(hidden + self.position[:, None], approximate=False).mean(axis=2)
-        return rows.mean(axis=2) + einsum_f32("bmkr,rh->bmkh", hidden, self.outer[...])
+        hidden = self.inner(rows) + self.position[:, None]
+        hidden = jax.nn.gelu(hidden, approximate=False).mean(axis=2)
+        return rows.mean(axis=2) + self.outer(hidden)
 
 
 class NativeSparseAttention(BlockAttention):
@@ -65,8 +67,7 @@ class NativeSparseAttention(BlockAttention):
 
     def __init__(self, config: AttentionConfig, d_model: int, *, rngs: nnx.Rngs, **kwargs):
         super().__init__(config, d_model, rngs=rngs, **kwargs)
-        init = nnx.initializers.lecun_normal()
-        self.gates = nnx.Param(init(rngs.params(), (d_model, 3 * config.num_heads), jnp.float32))
+        self.gates = float32_linear(d_model, 3 * config.num_heads, rngs=rngs)
         self.compress_key, self.compress_value = (
             BlockCompression(config.head_dim, config.block_size, rngs=rngs) for _ in range(2)
         )
@@ -122,9 +123,8 @@ class NativeSparseAttention(BlockAttention):
 
     def _gated(self, x, branch, out):
         """The output of a branch, times the gate of every head."""
-        gates = self.gates[...].reshape(x.shape[-1], 3, -1)[:, branch]
-        gate = jax.nn.sigmoid(einsum_f32("btd,dn->btn", x, gates.astype(x.dtype)))
-        return out * gate[..., None].astype(out.dtype)
+        gates = jax.nn.sigmoid(self.gates(x)).reshape(*x.shape[:2], 3, -1, 1)
+        return out * gates[:, :, branch].astype(out.dtype)
 
 
 def _weights(
