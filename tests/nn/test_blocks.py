@@ -12,6 +12,7 @@ from flax import nnx
 from sparsek_jax.nn import (
     AttentionConfig,
     BigBirdAttention,
+    GatedLinearAttention,
     MobaAttention,
     NativeSparseAttention,
     causal,
@@ -226,6 +227,24 @@ def test_nsa_is_its_three_branches(length, changes, packed):
     out, (gradient, *gradients) = run(state, x, query, key, value)
     gradient = own(nnx.to_pure_dict(gradient))
     assert_close([out, *jax.tree.leaves((gradient, *gradients))], truth)
+
+
+@pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention, GatedLinearAttention])
+def test_bfloat16_matches_float32_on_the_same_inputs(kind):
+    rng = np.random.default_rng(2)
+    shapes = [(2, LENGTH, 16), *((2, LENGTH, heads, 16) for heads in (6, 2, 2))]
+    arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
+    config = dataclasses.replace(CONFIG, head_dim=16, rotary_fraction=1.0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(dtype, *arrays):
+        layer = kind(config, 16, dtype=dtype, rngs=nnx.Rngs(0))
+        return layer.mix(*(x.astype(dtype) for x in arrays), jnp.asarray(IDS), None, 1)[0]
+
+    exact, out = run(jnp.float32, *arrays), run(jnp.bfloat16, *arrays)
+    assert (exact.dtype, out.dtype) == (jnp.float32, jnp.bfloat16)
+    error = jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error <= 5e-3, error
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 60])
