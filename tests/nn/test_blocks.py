@@ -174,7 +174,9 @@ def nsa(config, params, x, query, key, value, start):
         selected = (own <= j) & (j <= t)
         for row in range(length):
             past = [m for m in range(len(begins)) if start[row] <= begins[m] < own[row, 0]]
-            chosen = best({m: mass[row, m] for m in past}, config.num_selected // size - 1)
+            fixed = {start[row], own[row, 0] - size}
+            masses = {m: np.inf if begins[m] in fixed else mass[row, m] for m in past}
+            chosen = best(masses, config.num_selected // size - 1)
             selected[row, rows_of([begins[m] for m in chosen], size)] = True
         window = (j <= t) & (j >= start[:, None]) & (j > t - config.sliding_window)
         for n in heads:

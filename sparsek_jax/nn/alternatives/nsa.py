@@ -53,14 +53,13 @@ class NativeSparseAttention(BlockAttention):
     """Three kinds of attention, summed by gates that the hidden state gives to each query head.
 
     - Compressed: over one compressed key for every block that is complete.
-    - Selected: over the query's own block and those past blocks, together k keys, to which the
-      compressed attention of all query heads of the KV head is largest. No gradient flows through
-      the choice.
+    - Selected: over blocks of together k keys: the query's own, the first one, the one before its
+      own, and then those to which the compressed attention of all query heads of the KV head is
+      largest. No gradient flows through the choice.
     - Window: over the w newest keys.
 
     As in the paper, but for these: blocks that are compressed do not overlap and are those that are
-    selected; the first block and the one before the query's own are selected like others, where
-    the paper always takes them; and the three share their keys and values.
+    selected, and the three kinds share their keys and values.
 
     Its initialiser takes the arguments of `Attention`.
     """
@@ -84,10 +83,14 @@ class NativeSparseAttention(BlockAttention):
 
         def attend(query, row):
             queries = find_queries(row, start, blocks.size)
+            before = queries.own - blocks.size
             by_head = by_kv_head(query, num_kv_heads)
             weights = _weights(by_head, compressed_key, queries.complete(blocks))
             compressed = einsum_f32("bkgcm,bmkh->bckgh", weights, compressed_value)
             mass = jax.lax.stop_gradient(weights.sum(axis=2, keepdims=True))
+            begin = blocks.begin[:, None]
+            fixed = (begin == queries.start[..., None]) | (begin == before[..., None])
+            mass = jnp.where(fixed[:, None, None], jnp.inf, mass)
             seen = in_best_blocks(mass, queries.past(blocks), blocks, count)
             seen |= queries.since(queries.own, num_keys)
             selected = attend_to_seen(query, key, value, seen)
