@@ -105,7 +105,7 @@ class AttentionConfig:
         expect(
             "sliding_window",
             "moba" not in kinds or (self.num_selected + self.sliding_window) % self.block_size == 0,
-            f"with attention.num_selected={self.num_selected} a multiple of "
+            f"a sum with attention.num_selected={self.num_selected} that is a multiple of "
             f"attention.block_size={self.block_size}",
         )
         expect("gating", self.gating in GATINGS, f"one of {GATINGS}")
