@@ -34,6 +34,7 @@ _KIND = flags.DEFINE_enum("kind", None, KINDS, "Attention of every layer; sparse
 _PATTERN = flags.DEFINE_list("pattern", None, "Kinds that repeat over the layers: window,sparsek.")
 _NUM_SELECTED = flags.DEFINE_integer("num_selected", None, "Keys that a query selects.")
 _SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Newest keys that a query sees.")
+_BLOCK_SIZE = flags.DEFINE_integer("block_size", None, "Keys selected together, where blocks are.")
 _GATING = flags.DEFINE_enum("gating", None, GATINGS, "How gates act on keys and values.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the new scorers' weights.", 0, 2**32 - 1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Of the exported weights.")
@@ -49,7 +50,7 @@ _NUM_SINKS = flags.DEFINE_integer(
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens in a row of a text.", 2)
 _ROWS = flags.DEFINE_integer("rows", 4, "Most rows of a text, the first ones.", 1)
 
-_ATTENTION = ("kind", "pattern", "num_selected", "sliding_window", "gating", "seed")
+_ATTENTION = ("kind", "pattern", "num_selected", "sliding_window", "block_size", "gating", "seed")
 # Flags of every command: those it needs, and those it may have.
 _COMMANDS = {
     "import": (("from", "workdir"), _ATTENTION),
@@ -94,6 +95,7 @@ def main(command: str) -> None:
             pattern=None if _PATTERN.value is None else tuple(_PATTERN.value),
             num_selected=_NUM_SELECTED.value,
             sliding_window=_SLIDING_WINDOW.value,
+            block_size=_BLOCK_SIZE.value,
             gating=_GATING.value,
         )
         result = import_model(

@@ -37,8 +37,8 @@ _STOP = flags.DEFINE_multi_string("stop", [], "End the text before this string; 
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length",
     None,
-    "With --interactive and layers of dense attention: most tokens of the conversation; 8192 by "
-    "default. Other layers remember as much of any length.",
+    "With --interactive and layers that remember all tokens: most tokens of the conversation; 8192 "
+    "by default. Other layers remember as much of any length.",
 )
 _EXPLAIN = flags.DEFINE_string(
     "explain",

@@ -219,10 +219,12 @@ def describe_attention(attention: AttentionConfig) -> str:
     """Kinds of layers, and the sizes that matter to them."""
     kinds = attention.pattern or (attention.kind,)
     parts = ["+".join(kinds)]
-    if set(kinds) - {"dense", "window"}:
+    if set(kinds) - {"dense", "window", "gated_linear"}:
         parts.append(f"k={attention.num_selected}")
     if set(kinds) - {"dense"}:
         parts.append(f"w={attention.sliding_window}")
+    if set(kinds) & {"bigbird", "moba", "nsa"}:
+        parts.append(f"block={attention.block_size}")
     if "sparsek" in kinds and attention.gating != "soft":
         parts.append(attention.gating)
     return " ".join(parts)

@@ -18,6 +18,7 @@ _FREE_ATTENTION = (
     "attention.pattern",
     "attention.num_selected",
     "attention.sliding_window",
+    "attention.block_size",
     "attention.gating",
     "attention.implementation",
 )
@@ -94,8 +95,8 @@ def evaluation_settings(
     """Combines a run's saved configuration with what is asked for.
 
     Fields of `eval` come from `config`. Those of `data` and the attention's kind, pattern,
-    num_selected, sliding_window, gating and implementation come from `config` if they are named in
-    `overrides`, else from the run. Any other field must be the same in both.
+    num_selected, sliding_window, block_size, gating and implementation come from `config` if they
+    are named in `overrides`, else from the run. Any other field must be the same in both.
 
     Args:
       config: The recipe with the command line's overrides.

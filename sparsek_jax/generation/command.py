@@ -39,8 +39,8 @@ class Request:
       max_tokens: Most tokens to generate, after every prompt or in every answer.
       sampling: How tokens are chosen.
       stop: Strings before which a text ends.
-      max_length: Interactive, with dense attention: most tokens of the whole conversation; None for
-        8192.
+      max_length: Interactive, with layers that remember all tokens: most tokens of the whole
+        conversation; None for 8192.
       explain: Directory for a page and a picture of what was remembered of the one text.
 
     Raises:
@@ -258,8 +258,8 @@ def _room(request: Request, engine: Engine) -> int | None:
         return request.max_length or _DEFAULT_ROOM
     if request.max_length is not None:
         raise ConfigError(
-            f"--max_length={request.max_length}, but the model has no layers with dense attention; "
-            "expected no limit, as its cache never gets full"
+            f"--max_length={request.max_length}, but the model has no layers that remember all "
+            "tokens; expected no limit, as its cache never gets full"
         )
     return None
 

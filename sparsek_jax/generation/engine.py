@@ -1,8 +1,9 @@
 """A decoder that writes: prompts in chunks into the cache, then tokens in blocks out of it.
 
 Three programs are compiled for a batch size, one for each of the two sizes of chunks and one for
-blocks of any number of tokens. They serve texts of every length. Layers with dense attention need
-room that is known in advance; another amount of room takes other programs.
+blocks of any number of tokens. They serve texts of every length. Layers that remember all
+tokens, as those of dense attention, need room that is known in advance; another amount of room
+takes other programs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from sparsek_jax.generation.sampling import Sampling, choose_tokens, token_keys
 from sparsek_jax.generation.statistics import Statistics
 from sparsek_jax.generation.text import TextStream
 from sparsek_jax.nn import Decoder
+from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.cache import DecoderCache
 
-# Room for dense attention is made in steps, so that texts of similar length share programs.
+# Room for all tokens is made in steps, so that texts of similar length share programs.
 _ROOM_STEP = 256
 # Tokens before a text that its first token is decoded with.
 _NUM_CONTEXT = 8
@@ -138,9 +140,10 @@ class Engine:
 
     @property
     def needs_room(self) -> bool:
-        """Whether there are layers with dense attention, whose cache grows with the text."""
+        """Whether there are layers that remember all tokens, whose cache grows with the text."""
         config = self.model_config
-        return any(config.attention.layer_kind(i) == "dense" for i in range(config.num_layers))
+        kinds = {config.attention.layer_kind(i) for i in range(config.num_layers)}
+        return any(LAYERS[kind].needs_room for kind in kinds)
 
     def start(self, prompts: Sequence[str], *, max_tokens: int) -> Session:
         """Begins a document with each prompt.
@@ -414,7 +417,7 @@ class Session:
         needed = int((self._lengths + sizes).max())
         if needed > self._max_length:
             raise ValueError(
-                f"max_length={self._max_length} tokens is the room for dense attention; expected "
+                f"max_length={self._max_length} tokens is the room for all tokens; expected "
                 f"at least {needed}"
             )
 

@@ -1,10 +1,15 @@
 """Flax (NNX) layers: scoring network, attention of several kinds and a decoder."""
 
 from sparsek_jax.nn.alternatives import (
+    BigBirdAttention,
     DenseAttention,
+    GatedLinearAttention,
     KeyNormAttention,
+    MobaAttention,
+    NativeSparseAttention,
     RandomAttention,
     SinkAttention,
+    StridedAttention,
     WindowAttention,
 )
 from sparsek_jax.nn.attention import SparseKAttention
@@ -15,14 +20,19 @@ from sparsek_jax.nn.scorer import ScoringNetwork
 
 __all__ = [
     "AttentionConfig",
+    "BigBirdAttention",
     "Decoder",
     "DecoderCache",
     "DecoderConfig",
     "DenseAttention",
+    "GatedLinearAttention",
     "KeyNormAttention",
+    "MobaAttention",
+    "NativeSparseAttention",
     "RandomAttention",
     "ScoringNetwork",
     "SinkAttention",
     "SparseKAttention",
+    "StridedAttention",
     "WindowAttention",
 ]

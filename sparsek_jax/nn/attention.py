@@ -19,11 +19,36 @@ from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
 from sparsek_jax.ops.attention import Gating
 
 
+def float32_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, **kwargs) -> nnx.Linear:
+    """Makes a projection without bias that is computed in full float32, as small ones can be.
+
+    Args:
+      inputs: Channels of its input.
+      outputs: Channels of its output.
+      rngs: Source of the initial weights.
+      **kwargs: Of `nnx.Linear`.
+    """
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST,
+        rngs=rngs,
+        **kwargs,
+    )
+
+
 class Attention(nnx.Module):
     """Query, key, value and output projections around `mix`, which the kinds define.
 
-    All kinds have the same parameters under the same names; SparseK adds a scoring network.
+    All kinds have the same parameters under the same names; some have others in addition.
+
+    Attributes:
+      needs_room: Whether generation remembers all tokens, for which there must be room.
     """
+
+    needs_room = False
 
     def __init__(
         self,
@@ -182,7 +207,7 @@ class Attention(nnx.Module):
 
         Args:
           batch_size: B.
-          max_length: Most tokens that dense attention can remember; the other kinds need none.
+          max_length: Most tokens that can be remembered, of kinds that need room.
           support_size: As in `sparsek_jax.init_cache`, for SparseK with soft gates.
         """
         raise NotImplementedError

@@ -6,11 +6,12 @@ All are pytrees of fixed shapes. In every array the first axis is the batch. Exc
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sparsek_jax.nn.causal import positioned_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
@@ -63,7 +64,7 @@ class WindowCache:
 )
 @dataclasses.dataclass(frozen=True)
 class DenseCache:
-    """Of dense attention, which has to remember all tokens and has room for so many.
+    """Of attention that has to remember all tokens and has room for so many.
 
     Attributes:
       key: Token p lies in row p.
@@ -76,7 +77,28 @@ class DenseCache:
     length: Int32[Array, " B"]
 
 
-LayerCache = ScoredCache | WindowCache | DenseCache
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["window", "state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class GatedLinearCache:
+    """Of gated linear attention beside a window.
+
+    Attributes:
+      window: Keys and values of the window.
+      state: Of every KV head, a matrix of key and value channels.
+    """
+
+    window: WindowCache
+    state: Float32[Array, "B K H H"]
+
+    @property
+    def length(self) -> Int32[Array, " B"]:
+        """Tokens so far."""
+        return self.window.length
+
+
+LayerCache = ScoredCache | WindowCache | DenseCache | GatedLinearCache
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["layers"], meta_fields=[])
@@ -114,7 +136,7 @@ class DecoderCache:
 
 
 def check_room(cache: DecoderCache, num_tokens: Int[Array, " B"]) -> None:
-    """Raises ValueError if dense layers lack room, as far as the lengths are known.
+    """Raises ValueError if layers with a `DenseCache` lack room, as far as the lengths are known.
 
     Args:
       cache: The cache.
@@ -126,8 +148,8 @@ def check_room(cache: DecoderCache, num_tokens: Int[Array, " B"]) -> None:
     needed = np.asarray(cache.length) + np.asarray(num_tokens)
     if needed.max(initial=0) > min(rooms):
         raise ValueError(
-            f"max_length={min(rooms)} tokens is the cache's room for dense attention; expected at "
-            f"least {needed.max()}"
+            f"max_length={min(rooms)} tokens is the cache's room, which layers that remember all "
+            f"tokens need; expected at least {needed.max()}"
         )
 
 
@@ -136,6 +158,14 @@ def init_window_cache(
 ) -> WindowCache:
     """Makes an empty cache of `config.sliding_window` rows."""
     return WindowCache(*_empty(batch_size, config.sliding_window, config, dtype))
+
+
+def init_gated_linear_cache(
+    batch_size: int, config: AttentionConfig, dtype: jax.typing.DTypeLike
+) -> GatedLinearCache:
+    """Makes an empty cache of `config.sliding_window` rows and a matrix for every KV head."""
+    state = jnp.zeros((batch_size, config.num_kv_heads, config.head_dim, config.head_dim))
+    return GatedLinearCache(init_window_cache(batch_size, config, dtype), state)
 
 
 def init_dense_cache(
@@ -148,7 +178,9 @@ def init_dense_cache(
       ValueError: It is missing or out of range.
     """
     if max_length is None:
-        raise ValueError("max_length=None; expected an int, as there are layers of dense attention")
+        raise ValueError(
+            "max_length=None; expected an int, as there are layers that remember all tokens"
+        )
     if not isinstance(max_length, int) or isinstance(max_length, bool):
         raise TypeError(f"max_length must be an int, got {max_length!r}")
     if max_length < 1:
@@ -167,10 +199,20 @@ def extend_dense_cache(
     key: Float[Array, "B C K H"],
     value: Float[Array, "B C K H"],
     num_tokens: Int[Array, " B"],
+    attend: Callable[..., Float[Array, "B C N H"]] = positioned_attention,
 ) -> tuple[DenseCache, Float[Array, "B C N H"]]:
     """Appends the first `num_tokens` tokens and attends over all so far.
 
-    A token for which there is no room has NaN as its output.
+    Args:
+      cache: What came before.
+      query: Of the next tokens.
+      key: Of the next tokens.
+      value: Of the next tokens.
+      num_tokens: How many of them each member of the batch appends.
+      attend: Attention, with the arguments of `positioned_attention`.
+
+    Returns:
+      The new cache and the output. A token for which there is no room has NaN as its output.
     """
     room = cache.key.shape[1]
     appended, positions = _appended(cache, query, num_tokens)
@@ -180,7 +222,7 @@ def extend_dense_cache(
         _set_rows(cache.value, row, value),
         cache.length + num_tokens,
     )
-    out = positioned_attention(
+    out = attend(
         query,
         cache.key,
         cache.value,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from sparsek_jax.ops.selection import document_bounds
 
@@ -75,19 +75,43 @@ def positioned_attention(
     *,
     positions: Int[Array, "B C"],
     key_positions: Int[Array, "#B S"],
+    sliding_window: int | None = None,
 ) -> Float[Array, "B C N H"]:
-    """Attention of the query at position t over the keys at `0 <= j <= t`."""
-    length, chunk_size = query.shape[1], _DENSE_CHUNK["xla"]
+    """Attention of the query at position t over the keys at `0 <= j <= t`, or in its window."""
 
-    def attend(chunk):
-        query, positions = chunk
+    def attend(query, positions):
         start = jnp.zeros_like(positions)
+        if sliding_window is not None:
+            start = jnp.maximum(start, positions - sliding_window + 1)
         return _masked_attention("xla", query, key, value, start, positions, key_positions)
 
-    if length <= chunk_size:
-        return attend((query, positions))
-    chunks = (_split(query, chunk_size), _split(positions, chunk_size))
-    return _join(jax.lax.map(attend, chunks))[:, :length]
+    return over_query_chunks(attend, query, positions)
+
+
+def over_query_chunks(
+    attend: Callable[..., PyTree],
+    *per_query: Shaped[Array, "B T ..."],
+    chunk_size: int | None = None,
+) -> PyTree:
+    """Applies a function to a chunk of queries at a time, and again in the backward pass.
+
+    Args:
+      attend: Of arrays `[B, C, ...]`, returns such arrays. Gradients of what it closes over are
+        summed over the chunks in its dtype, which should be float32 where they matter.
+      *per_query: Its arguments for all queries.
+      chunk_size: C, by default what suits logits of all heads and keys.
+
+    Returns:
+      What it returns, for all queries.
+    """
+    length = per_query[0].shape[1]
+    chunk_size = chunk_size or min(_DENSE_CHUNK["xla"], length)
+    attend = jax.checkpoint(attend)
+    if chunk_size == length:
+        return attend(*per_query)
+    chunks = [split_chunks(x, chunk_size) for x in per_query]
+    outs = jax.lax.map(lambda chunk: attend(*chunk), chunks)
+    return jax.tree.map(lambda x: join_chunks(x)[:, :length], outs)
 
 
 def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
@@ -106,7 +130,7 @@ def _fused(sliding_window: int | None, query, key, value, start):
     del start
     length = query.shape[1]
     # The position that makes an odd length even lies after all others: causally out of sight.
-    query, key, value = (_join(_split(x, _even(length))) for x in (query, key, value))
+    query, key, value = (join_chunks(split_chunks(x, _even(length))) for x in (query, key, value))
     out = jax.nn.dot_product_attention(
         query,
         key,
@@ -119,16 +143,15 @@ def _fused(sliding_window: int | None, query, key, value, start):
 
 
 def _dense_chunks(backend: Backend, query, key, value, start):
-    length = query.shape[1]
-    chunk_size = _even(min(_DENSE_CHUNK[backend], length))
+    chunk_size = _even(min(_DENSE_CHUNK[backend], query.shape[1]))
     dtype = key.dtype
     # The chunks' gradients of keys and values are summed outside: in float32.
-    key, value = (_join(_split(x, chunk_size)).astype(jnp.float32) for x in (key, value))
+    key, value = (
+        join_chunks(split_chunks(x, chunk_size)).astype(jnp.float32) for x in (key, value)
+    )
     key_positions = jnp.arange(key.shape[1])
 
-    @jax.checkpoint
-    def attend(chunk):
-        query, start, query_positions = chunk
+    def attend(query, start, query_positions):
         return _masked_attention(
             backend,
             query,
@@ -139,9 +162,8 @@ def _dense_chunks(backend: Backend, query, key, value, start):
             key_positions,
         )
 
-    chunks = (_split(query, chunk_size), _split(start, chunk_size))
-    query_positions = key_positions.reshape(-1, chunk_size)
-    return _join(jax.lax.map(attend, (*chunks, query_positions)))[:, :length]
+    query_positions = jnp.broadcast_to(jnp.arange(query.shape[1]), start.shape)
+    return over_query_chunks(attend, query, start, query_positions, chunk_size=chunk_size)
 
 
 def _window_chunks(sliding_window: int, backend: Backend, query, key, value, start):
@@ -150,7 +172,7 @@ def _window_chunks(sliding_window: int, backend: Backend, query, key, value, sta
     chunk_size = _even(min(max(sliding_window, _WINDOW_CHUNK), length))
 
     def with_previous(x):
-        x = _split(x, chunk_size)
+        x = split_chunks(x, chunk_size)
         previous = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
         return jnp.concatenate([previous, x], axis=2)
 
@@ -160,10 +182,10 @@ def _window_chunks(sliding_window: int, backend: Backend, query, key, value, sta
         key_positions = query_positions[0] - chunk_size + jnp.arange(2 * chunk_size)
         return _masked_attention(backend, query, key, value, start, query_positions, key_positions)
 
-    chunks = (_split(query, chunk_size), with_previous(key), with_previous(value))
+    chunks = (split_chunks(query, chunk_size), with_previous(key), with_previous(value))
     query_positions = jnp.arange(chunks[0].shape[0] * chunk_size).reshape(-1, chunk_size)
-    inputs = (*chunks, _split(start, chunk_size), query_positions)
-    return _join(jax.lax.map(attend, inputs))[:, :length]
+    inputs = (*chunks, split_chunks(start, chunk_size), query_positions)
+    return join_chunks(jax.lax.map(attend, inputs))[:, :length]
 
 
 def _masked_attention(backend: Backend, query, key, value, start, query_positions, key_positions):
@@ -180,15 +202,15 @@ def _even(size: int) -> int:
     return size + size % 2
 
 
-def _split(x, chunk_size):
-    """`[B, T, ...]` to `[chunks, B, C, ...]`, filled up with copies of the last position."""
+def split_chunks(x: Shaped[Array, "B T ..."], chunk_size: int) -> Shaped[Array, "chunks B C ..."]:
+    """Cuts T into chunks, the last one filled up with copies of the last position."""
     batch, length = x.shape[:2]
     widths = [(0, 0), (0, -length % chunk_size)] + [(0, 0)] * (x.ndim - 2)
     x = jnp.pad(x, widths, mode="edge")
     return jnp.moveaxis(x.reshape(batch, -1, chunk_size, *x.shape[2:]), 1, 0)
 
 
-def _join(x):
-    """`[chunks, B, C, ...]` to `[B, chunks * C, ...]`."""
+def join_chunks(x: Shaped[Array, "chunks B C ..."]) -> Shaped[Array, "B T ..."]:
+    """Undoes `split_chunks`, but for what it filled up."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])

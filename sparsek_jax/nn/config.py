@@ -7,7 +7,12 @@ from typing import Any, get_args
 
 from sparsek_jax.ops.attention import GATINGS, Implementation
 
-KINDS = ("sparsek", "dense", "window", "sinks", "random", "key_norm")
+KINDS = (
+    *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
+    *("bigbird", "moba", "nsa", "gated_linear"),
+)
+# With parameters that other kinds lack, and that are no scorers.
+KINDS_WITH_PARAMETERS = ("nsa", "gated_linear")
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -16,17 +21,20 @@ class AttentionConfig:
     """One attention layer.
 
     Attributes:
-      kind: One of `KINDS` (`nn/alternatives.py` says what they are), in every layer unless
+      kind: One of `KINDS` (`nn/alternatives` says what they are), in every layer unless
         `pattern` is given.
       pattern: Kinds that repeat over the layers, such as ("window", "sparsek").
       num_heads: Query heads N.
       num_kv_heads: Key and value heads K; N is a multiple.
       head_dim: Size H of a head.
-      num_selected: k, keys that a query selects (all kinds but dense and window).
-      sliding_window: w, newest keys that a query always sees (all kinds but dense).
+      num_selected: k, keys that a query selects (all kinds but dense, window and
+        gated_linear).
+      sliding_window: w, newest keys that a query always sees (all kinds but dense; "moba" selects
+        so many more instead).
+      block_size: Keys that "bigbird", "moba" and "nsa" select together; divides what they select.
       gating: Of SparseK, "soft" or "straight_through"; what no scorer selects has no gates.
-      implementation: Of the SparseK operator, with which all but dense and window attend, one that
-        it has; None for the best one.
+      implementation: Of the SparseK operator, with which kinds attend that select keys and not
+        blocks, one that it has; None for the best one.
       qk_norm: RMSNorm over every query and key head (Qwen3).
       qkv_bias: Biases in the query, key and value projections.
       out_bias: Bias in the output projection.
@@ -53,6 +61,7 @@ class AttentionConfig:
     head_dim: int
     num_selected: int = 512
     sliding_window: int = 512
+    block_size: int = 64
     gating: str = "soft"
     implementation: str | None = None
     qk_norm: bool = False
@@ -73,7 +82,7 @@ class AttentionConfig:
 
     def __post_init__(self):
         expect = functools.partial(_expect, self, "attention")
-        for field in ("num_heads", "num_kv_heads", "head_dim", "num_selected"):
+        for field in ("num_heads", "num_kv_heads", "head_dim", "num_selected", "block_size"):
             expect(field, _is_int(getattr(self, field), 1), "an int of at least 1")
         expect(
             "num_heads",
@@ -86,8 +95,20 @@ class AttentionConfig:
             isinstance(self.pattern, tuple) and all(kind in KINDS for kind in self.pattern),
             f"a tuple, each one of {KINDS}",
         )
-        least = 1 if "window" in (self.pattern or (self.kind,)) else 0
+        kinds = set(self.pattern or (self.kind,))
+        least = 1 if kinds & {"window", "bigbird", "nsa", "gated_linear"} else 0
         expect("sliding_window", _is_int(self.sliding_window, least), f"an int of at least {least}")
+        expect(
+            "num_selected",
+            not kinds & {"bigbird", "nsa"} or self.num_selected % self.block_size == 0,
+            f"a multiple of attention.block_size={self.block_size}",
+        )
+        expect(
+            "sliding_window",
+            "moba" not in kinds or (self.num_selected + self.sliding_window) % self.block_size == 0,
+            f"a sum with attention.num_selected={self.num_selected} that is a multiple of "
+            f"attention.block_size={self.block_size}",
+        )
         expect("gating", self.gating in GATINGS, f"one of {GATINGS}")
         implementations = (None, *get_args(Implementation))
         expect(

@@ -245,8 +245,9 @@ class Decoder(nnx.Module):
 
         Args:
           batch_size: B.
-          max_length: Most tokens that layers with dense attention can remember. Needed if there are
-            any; all other layers remember a constant number for as long as it takes.
+          max_length: Most tokens of layers that need room for all, as those with dense attention.
+            Needed if there are any; all other layers remember a constant number for as long as it
+            takes.
           support_size: As in `sparsek_jax.init_cache`, for SparseK layers with soft gates.
 
         Raises:
@@ -283,7 +284,7 @@ class Decoder(nnx.Module):
         Returns:
           The new cache, and the hidden states after the final norm, `[B, C, d_model]` in the
           config's dtype. They are meaningless for tokens that were not appended, and NaN where a
-          layer with dense attention has run out of room while tracing hid the lengths.
+          layer that needs room has run out of room while tracing hid the lengths.
 
         Raises:
           TypeError: `num_tokens` does not hold integers.

@@ -19,6 +19,7 @@ _ENTRY_FIELDS = (
     "pattern",
     "num_selected",
     "sliding_window",
+    "block_size",
     "gating",
     "shared_scores",
     "timestep_norm",
@@ -46,6 +47,7 @@ class AttentionOptions:
       pattern: Kinds repeated over the layers.
       num_selected: k.
       sliding_window: w.
+      block_size: Of kinds that select blocks.
       gating: "soft" or "straight_through".
     """
 
@@ -53,6 +55,7 @@ class AttentionOptions:
     pattern: tuple[str, ...] | None = None
     num_selected: int | None = None
     sliding_window: int | None = None
+    block_size: int | None = None
     gating: str | None = None
 
 

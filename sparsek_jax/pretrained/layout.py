@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sparsek_jax import nn
+from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS
 from sparsek_jax.pretrained.families import is_neox
+from sparsek_jax.pretrained.source import ConversionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,18 @@ class Tensor:
 
 
 def layout(config: nn.DecoderConfig) -> list[Tensor]:
-    """Every tensor of a decoder, in the order of the model."""
+    """Every tensor of a decoder, in the order of the model.
+
+    Raises:
+      ConversionError: It has parameters for which the files have no place.
+    """
+    attention = config.attention
+    for kind in attention.pattern or (attention.kind,):
+        if kind in KINDS_WITH_PARAMETERS:
+            raise ConversionError(
+                f"attention of the kind {kind!r} has parameters that files of Hugging Face cannot "
+                f"hold; expected one of {tuple(x for x in KINDS if x not in KINDS_WITH_PARAMETERS)}"
+            )
     return list(_neox(config) if is_neox(config) else _llama(config))
 
 

@@ -24,7 +24,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 from jax.experimental import multihost_utils
 
 from sparsek_jax import nn
-from sparsek_jax.training.parameters import Params, define
+from sparsek_jax.training.parameters import Params, define, is_scorer
 from sparsek_jax.training.workdir import write_json
 
 # Bytes. What is compressed is held until a file of it is full, whose size is large by default.
@@ -211,7 +211,7 @@ def restore_model(
 ) -> tuple[nn.Decoder, int]:
     """Loads a run's weights into a decoder, which may use another attention.
 
-    Parameters that the decoder has no use for, such as the scorer for dense attention, are dropped.
+    Scorers that the decoder has no use for are dropped.
 
     Args:
       workdir: The run's directory.
@@ -224,7 +224,8 @@ def restore_model(
     Raises:
       FileNotFoundError: There is no checkpoint, or not that step.
       CheckpointError: Checkpoints exist but none is intact.
-      ValueError: The decoder needs a parameter that the checkpoint lacks or has in another shape.
+      ValueError: The decoder needs a parameter that the checkpoint lacks or has in another shape,
+        or has no place for one that belongs to no scorer.
     """
     definition = define(lambda: nn.Decoder(config, rngs=nnx.Rngs(0)))
     params, step = restore_params(workdir, definition.abstract, step=step)
@@ -237,7 +238,7 @@ def restore_params(
     *,
     step: int | None = None,
 ) -> tuple[Params, int]:
-    """Loads a run's parameters, and drops those that are not asked for.
+    """Loads a run's parameters, and drops scorers that are not asked for.
 
     Args:
       workdir: The run's directory.
@@ -250,7 +251,8 @@ def restore_params(
     Raises:
       FileNotFoundError: There is no checkpoint, or not that step.
       CheckpointError: Checkpoints exist but none is intact.
-      ValueError: A parameter is not in the checkpoint or has another shape there.
+      ValueError: A parameter is not in the checkpoint or has another shape there, or one that is
+        there and belongs to no scorer is not asked for.
     """
     workdir = Path(workdir).absolute()
     if not (workdir / "checkpoints").is_dir():
@@ -302,6 +304,12 @@ def restore_params(
             raise ValueError(
                 f"parameter {name} has shape {saved[name].shape} in the checkpoint of step "
                 f"{step}; the model expects {expected.shape}"
+            )
+    for name in sorted(saved.keys() - abstract.keys()):
+        if not is_scorer(name):
+            raise ValueError(
+                f"parameter {name} of the checkpoint of step {step} in {workdir} has no place in "
+                "the model; expected the attention that it was trained with"
             )
     return {name: saved[name] for name in abstract}, step
 

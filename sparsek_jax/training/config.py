@@ -40,7 +40,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.attention = ml_collections.ConfigDict()
     # "dense", "window", or selection by other than learned scores: "sinks" (the first keys),
-    # "random", "key_norm" (keys of low norm)
+    # "random", "key_norm" (keys of low norm), "strided" (keys at equal distances);
+    # or of blocks: "bigbird" (the first and random ones), "moba" (by mean keys),
+    # "nsa" (by compressed keys); or the window and "gated_linear" attention
     config.attention.kind = "sparsek"
     # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
     # --config.attention.pattern="('window','sparsek')"
@@ -50,6 +52,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.head_dim = 64
     config.attention.num_selected = 128
     config.attention.sliding_window = 128
+    config.attention.block_size = 64  # of "bigbird", "moba" and "nsa"
     config.attention.gating = "soft"  # or "straight_through"; of "sparsek" only
     config.attention.implementation = ""  # "": the best; "reference", "xla", "mosaic_gpu"
     config.attention.qk_norm = False

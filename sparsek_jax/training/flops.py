@@ -27,14 +27,34 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def attended_keys(
-    kind: str, positions: Int[np.ndarray, "..."], *, num_selected: int, sliding_window: int
+    kind: str,
+    positions: Int[np.ndarray, "..."],
+    *,
+    num_selected: int,
+    sliding_window: int,
+    block_size: int = 1,
 ) -> int:
-    """Query-key pairs of one head, for queries at these positions of their documents."""
-    visible = positions.astype(np.int64) + 1
+    """Query-key pairs of one head, for queries at these positions of their documents.
+
+    Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
+    Of "nsa", those of all three branches; of "gated_linear", those of the window.
+    """
+    positions = positions.astype(np.int64)
+    visible = positions + 1
     if kind == "dense":
         return int(np.sum(visible))
+
+    def in_blocks(num_keys):
+        past = positions // block_size
+        chosen = np.minimum(past, num_keys // block_size - 1)
+        return visible + (chosen - past) * block_size
+
+    if kind == "moba":
+        return int(np.sum(in_blocks(num_selected + sliding_window)))
     window = np.minimum(visible, sliding_window)
-    if kind == "window":
+    if kind == "nsa":
+        return int(np.sum(window + in_blocks(num_selected) + visible // block_size))
+    if kind in ("window", "gated_linear"):
         return int(np.sum(window))
     return int(np.sum(window + np.minimum(visible - window, num_selected)))
 
@@ -68,6 +88,19 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
             positions,
             num_selected=attention.num_selected,
             sliding_window=attention.sliding_window,
+            block_size=attention.block_size,
         )
+        if kind == "moba":
+            # Products of queries with the mean keys of past blocks; there are no values.
+            pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
+        if kind == "gated_linear":
+            # Forget and output gates; each token changes the states, and its queries read them.
+            rank = max(config.d_model // 64, 1)
+            projections += config.d_model * (rank + attention.num_heads) + rank * kv_dim
+            projections += (kv_dim + query_dim) * attention.head_dim
+        if kind == "nsa":
+            # Its gates, and its MLP on keys and on values.
+            width = max(attention.head_dim // 8, 1)
+            projections += 3 * config.d_model * attention.num_heads + 4 * kv_dim * width
         multiply_adds += num_tokens * (projections + mlp) + 2 * query_dim * pairs
     return 6.0 * multiply_adds

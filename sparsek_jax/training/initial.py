@@ -26,8 +26,8 @@ from sparsek_jax.training.workdir import load_config
 
 # Fields that may differ without a warning: attention to choose, and how things are computed.
 _FREE = {
-    *("attention", "kind", "pattern", "num_selected", "sliding_window", "gating"),
-    *("implementation", "remat", "scan_layers", "dtype"),
+    *("attention", "kind", "pattern", "num_selected", "sliding_window", "block_size"),
+    *("gating", "implementation", "remat", "scan_layers", "dtype"),
 }
 
 

@@ -69,6 +69,10 @@ def test_same_weights_with_dense_attention(run):
     sinks = dataclasses.replace(sparse.attention, kind="sinks", num_selected=4, sliding_window=9)
     described = to_json(dataclasses.replace(evaluation, attention=sinks))["attention"]
     assert (described, to_json(evaluation)["attention"]) == ("sinks k=4 w=9", "dense")
+    sizes = {"num_selected": 4, "sliding_window": 8, "block_size": 6}
+    blocks = dataclasses.replace(sinks, pattern=("moba", "gated_linear"), **sizes)
+    described = to_json(dataclasses.replace(evaluation, attention=blocks))["attention"]
+    assert described == "moba+gated_linear k=4 w=8 block=6"
 
 
 def test_fewer_batches_and_another_batch_size(run):

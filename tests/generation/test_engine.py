@@ -20,6 +20,7 @@ VARIANTS = {
     "soft": {},
     "straight_through": {"gating": "straight_through"},
     "dense": {"kind": "dense"},
+    "blocks": {"kind": "moba", "block_size": 3},
     "window": {"kind": "window"},
     "sparsek and dense": {"pattern": ("sparsek", "dense")},
     "scanned": {"kind": "window", "scan_layers": True},
@@ -275,6 +276,7 @@ def test_dense_attention_needs_room():
     engine = make("dense")
     assert engine.needs_room
     assert not make("window").needs_room
+    assert make("blocks").needs_room
     assert Session(make("window"), 3).room is None
     with pytest.raises(ValueError, match="max_length=None; expected an int"):
         Session(engine, 3)

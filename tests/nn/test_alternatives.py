@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,11 @@ from sparsek_jax.nn import (
     KeyNormAttention,
     RandomAttention,
     SinkAttention,
-    SparseKAttention,
+    StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
-from sparsek_jax.nn.config import KINDS
+from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS
+from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
 
 CONFIG = AttentionConfig(
@@ -33,6 +35,9 @@ CONFIG = AttentionConfig(
 LENGTH = 23
 # The id 1 comes back: a later document of the same id is another document.
 IDS = np.array([np.repeat([1, 2, 1], [7, 1, 15]), np.repeat([0, 1, 1], [13, 2, 8])])
+
+
+KINDS_WITHOUT_SCORES = [SinkAttention, RandomAttention, KeyNormAttention, StridedAttention]
 
 
 def make(kind, **changes):
@@ -52,6 +57,8 @@ def sees(layer, key, ids, index):
             chosen = [j for j in pool if j - start < k]
         elif isinstance(layer, KeyNormAttention):
             chosen = sorted(pool, key=lambda j, x=key[b, :, h]: np.sum(x[j] ** 2))
+        elif isinstance(layer, StridedAttention):
+            chosen = sorted(pool, key=lambda j, s=start: (block(j - s), j), reverse=True)
         else:
             drawn = random_numbers(index)
             chosen = sorted(pool, key=lambda j, s=start, h=h, x=drawn: -x[j - s, h])
@@ -60,26 +67,20 @@ def sees(layer, key, ids, index):
     return mask
 
 
+def block(position):
+    """The largest power of two such that a position is the last of a block of so many."""
+    size = 1
+    while (position + 1) % (2 * size) == 0:
+        size *= 2
+    return size
+
+
 @functools.cache
 def random_numbers(index):
     """By position and KV head."""
     positions = jnp.arange(LENGTH)[None]
     layer, key = make(RandomAttention), jnp.zeros((1, LENGTH, 2, 5))
     return np.asarray(jax.jit(layer.importance)(key, positions, index))[0]
-
-
-def masked(query, key, value, mask):
-    """Softmax attention over a mask, as one would write it first."""
-    groups = query.shape[2] // key.shape[2]
-    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
-    logits = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
-    logits = jnp.where(jnp.repeat(mask, groups, axis=1), logits, -jnp.inf)
-    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(logits), value)
-
-
-def with_gradients(attend, query, key, value, weight):
-    out, vjp = jax.vjp(attend, query, key, value)
-    return [out, *vjp(weight.astype(out.dtype))]
 
 
 @jax.jit
@@ -95,6 +96,7 @@ def expected(mask, *arrays):
         (KeyNormAttention, "xla", LENGTH, {}, True),
         (KeyNormAttention, "reference", LENGTH, {"gating": "straight_through"}, False),
         (SinkAttention, "reference", 5, {"num_selected": 9}, False),
+        (StridedAttention, "xla", LENGTH, {"num_selected": 3}, True),
     ],
 )
 def test_outputs_and_gradients_are_those_of_masks(kind, implementation, length, changes, packed):
@@ -115,9 +117,7 @@ def test_outputs_and_gradients_are_those_of_masks(kind, implementation, length, 
     mask = sees(layer, arrays[1].astype(np.float64), ids, index=1)
     with jax.enable_x64(True):
         truth = expected(mask, *(x.astype(np.float64) for x in arrays))
-    for ours, exact in zip(*jax.tree.map(np.asarray, (run(*arrays), truth)), strict=True):
-        assert exact.dtype == np.float64
-        assert np.linalg.norm(ours - exact) <= 1e-5 * np.linalg.norm(exact)
+    assert_close(run(*arrays), truth)
 
 
 def test_random_numbers_depend_on_layer_head_and_position_only():
@@ -132,17 +132,26 @@ def test_random_numbers_depend_on_layer_head_and_position_only():
     np.testing.assert_array_equal(again[0, 0], drawn[1, 6])
 
 
-def test_all_kinds_have_the_parameters_of_dense_attention_and_learn_with_them():
+def parameters(layer, *arguments):
+    state = nnx.state(nnx.eval_shape(lambda: layer(*arguments, rngs=nnx.Rngs(0))))
+    return {path: math.prod(x.shape) for path, x in nnx.to_flat_state(state)}
+
+
+def test_all_kinds_have_the_parameters_of_dense_attention_and_hardly_more():
     assert tuple(LAYERS) == KINDS
-    dense = dict(nnx.to_flat_state(nnx.state(make(DenseAttention))))
-    for kind in KINDS:
-        layer = nnx.eval_shape(lambda kind=kind: make(LAYERS[kind]))
-        paths = nnx.to_flat_state(nnx.state(layer)).paths
-        assert {path for path in paths if path[0] != "scorer"} == set(dense)
-        assert (len(paths) > len(dense)) == (LAYERS[kind] is SparseKAttention)
+    config = AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=64)
+    dense = parameters(DenseAttention, config, 256)
+    mlp = 3 * 256 * 768
+    for kind, layer in LAYERS.items():
+        own = parameters(layer, config, 256)
+        assert dense.items() <= own.items()
+        more = own.keys() - dense.keys()
+        assert any(path[0] == "scorer" for path in more) == (kind == "sparsek")
+        assert bool(more) == (kind in ("sparsek", *KINDS_WITH_PARAMETERS))
+        assert sum(own.values()) + mlp < 1.01 * (sum(dense.values()) + mlp)
 
 
-@pytest.mark.parametrize("kind", [SinkAttention, RandomAttention, KeyNormAttention])
+@pytest.mark.parametrize("kind", KINDS_WITHOUT_SCORES)
 def test_there_is_neither_a_gate_nor_a_score_to_see(kind):
     layer = make(kind, implementation="reference")
     out, scores = jax.eval_shape(lambda x: layer(x, return_scores=True), jnp.zeros((2, LENGTH, 8)))

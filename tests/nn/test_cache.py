@@ -33,7 +33,9 @@ VARIANTS = {
     "dense": {"kind": "dense", "qk_norm": True},
     "mixed": {"pattern": ("window", "sparsek")},
     "xla": {"implementation": "xla"},
-    "unlearned": {"pattern": ("sinks", "random", "key_norm"), "num_sinks": 2},
+    "unlearned": {"pattern": ("sinks", "random", "key_norm", "strided"), "num_sinks": 2},
+    "gated linear": {"kind": "gated_linear"},
+    "blocks": {"pattern": ("bigbird", "moba", "nsa"), "sliding_window": 6, "block_size": 3},
 }
 
 
@@ -114,7 +116,7 @@ PROMPTS += [("soft", SHORT_PROMPT), ("window", SHORT_PROMPT)]
 
 @pytest.mark.parametrize(("variant", "sizes"), PROMPTS)
 def test_a_prompt_and_then_ten_times_the_cache_match_the_whole(variant, sizes):
-    model = make(variant, num_layers=2 if variant == "mixed" else 1)
+    model = make(variant, num_layers=len(VARIANTS[variant].get("pattern", "1")))
     # Where the prompt is short, as many steps follow, so that they are compiled once.
     length = LENGTH - sum(LONG_PROMPT) + sum(sizes)
     expected = whole(model)[:, :length]
@@ -142,7 +144,15 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("variant", "num_layers"), [("mixed", 2), ("mixed", 4), ("dense", 2), ("unlearned", 6)]
+    ("variant", "num_layers"),
+    [
+        ("mixed", 2),
+        ("mixed", 4),
+        ("dense", 2),
+        ("unlearned", 8),
+        ("blocks", 6),
+        ("gated linear", 2),
+    ],
 )
 def test_rows_of_different_lengths_and_reset(variant, num_layers):
     model = make(variant, num_layers=num_layers, scan_layers=num_layers > 2)
@@ -174,7 +184,7 @@ def test_rows_of_different_lengths_and_reset(variant, num_layers):
 
 
 # Random selection differs between layers: all must know which they are.
-@pytest.mark.parametrize(("variant", "num_layers"), [("mixed", 4), ("unlearned", 6)])
+@pytest.mark.parametrize(("variant", "num_layers"), [("mixed", 4), ("unlearned", 8)])
 def test_unstacked_layers_are_those_of_the_stack(variant, num_layers):
     model = make(variant, num_layers=num_layers, scan_layers=True)
     unstacked = model.unstacked()

@@ -14,11 +14,12 @@ MODEL = {"vocab_size": 16, "num_layers": 3, "d_model": 32, "mlp_dim": 64}
         ("num_heads", 4.0),
         ("num_kv_heads", True),
         ("head_dim", -8),
-        ("kind", "strided"),
+        ("kind", "linear"),
         ("pattern", ("sparsek", "local")),
         ("pattern", ["sparsek"]),
         ("num_selected", 0),
         ("sliding_window", -1),
+        ("block_size", 0),
         ("gating", "hard"),
         ("implementation", "pallas"),
         ("qk_norm", 1),
@@ -74,12 +75,28 @@ def test_model_errors_name_field_value_and_expectation(field, value):
 
 
 def test_a_window_layer_needs_a_window():
-    for kinds in ({"kind": "window"}, {"pattern": ("sparsek", "window")}):
+    for kinds in ({"kind": "window"}, {"kind": "bigbird"}, {"pattern": ("sparsek", "window")}):
         with pytest.raises(
             ValueError, match=r"attention\.sliding_window=0; expected .* at least 1"
         ):
             AttentionConfig(**ATTENTION, **kinds, sliding_window=0)
     AttentionConfig(**ATTENTION, kind="window", pattern=("dense", "sparsek"), sliding_window=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "k", "w", "message"),
+    [
+        ("bigbird", 6, 4, r"attention\.num_selected=6; expected a multiple of .*block_size=4"),
+        ("moba", 8, 6, r"sliding_window=6; expected a sum with .*num_selected=8 .* of .*_size=4"),
+    ],
+)
+def test_blocks_fill_the_budget(kind, k, w, message):
+    fields = ATTENTION | {"num_selected": k, "sliding_window": w, "block_size": 4}
+    for kinds in ({"kind": kind}, {"pattern": ("sparsek", kind)}):
+        with pytest.raises(ValueError, match=message):
+            AttentionConfig(**fields, **kinds)
+    AttentionConfig(**fields, kind=kind, pattern=("sparsek",))
+    AttentionConfig(**fields | {"num_selected": k + 2}, kind=kind)
 
 
 def test_scanned_layers_are_whole_periods():

@@ -10,6 +10,7 @@ from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.families import AttentionOptions, huggingface_config
 from sparsek_jax.pretrained.importing import import_model
 from sparsek_jax.pretrained.inspecting import describe
+from sparsek_jax.pretrained.layout import layout
 from sparsek_jax.training.config import ConfigError
 from tests.pretrained import models
 
@@ -116,6 +117,16 @@ def test_a_config_that_cannot_be_is_refused(name, fields, match, tmp_path):
 )
 def test_a_model_of_a_window_is_not_widened(options, match, tmp_path):
     fails(tmp_path, models.source(tmp_path, "mistral"), match, **options)
+
+
+def test_attention_with_other_parameters_is_refused(tmp_path):
+    match = r"kind 'nsa' has parameters .*; expected one of .'sparsek', 'dense', "
+    fails(tmp_path, models.source(tmp_path, "qwen3"), match, kind="nsa")
+    fails(tmp_path, tmp_path / "qwen3", match, pattern=("dense", "nsa"))
+    attention = AttentionConfig(kind="nsa", num_heads=4, num_kv_heads=2, head_dim=4)
+    config = DecoderConfig(vocab_size=48, num_layers=2, d_model=16, mlp_dim=32, attention=attention)
+    with pytest.raises(ConfigError, match=match):
+        layout(config)
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -84,6 +84,11 @@ def test_every_option_reaches_the_run_and_comes_back(tmp_path):
         assert last.config.attention.layer_kind(0) == kind
     export_model(tmp_path / "random", tmp_path / "unlearned")
     assert import_model(tmp_path / "unlearned", tmp_path / "last").config == last.config
+    options = AttentionOptions(kind="moba", block_size=5)
+    blocks = import_model(tmp_path / "exported", tmp_path / "moba", options=options)
+    export_model(tmp_path / "moba", tmp_path / "blocks")
+    assert import_model(tmp_path / "blocks", tmp_path / "same").config == blocks.config
+    assert blocks.config.attention.block_size == 5
 
 
 def test_seed_decides_the_scorers(tmp_path):

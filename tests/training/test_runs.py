@@ -1,5 +1,6 @@
 """What a user does to a run: starts it, stops it, kills it, resumes it, breaks its files."""
 
+import dataclasses
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ from flax import nnx
 
 from sparsek_jax import nn
 from sparsek_jax.training import signals
-from sparsek_jax.training.checkpoint import restore_model
+from sparsek_jax.training.checkpoint import restore_model, save_params
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import split
 from sparsek_jax.training.workdir import check_same_run, load_config
@@ -309,6 +310,21 @@ def test_restores_into_dense_attention_but_not_from_it(straight, corpus, tmp_pat
         weights(tmp_path, step=7, kind="dense")
     with pytest.raises(FileNotFoundError, match="train"):
         restore_model(tmp_path / "none", decoder_config(load_config(tmp_path), VOCAB))
+
+
+def test_no_parameter_but_a_scorer_gets_lost(tmp_path):
+    attention = nn.AttentionConfig(
+        kind="nsa", num_heads=2, num_kv_heads=1, head_dim=8, num_selected=4, block_size=2
+    )
+    config = nn.DecoderConfig(
+        vocab_size=11, num_layers=2, d_model=16, mlp_dim=16, attention=attention
+    )
+    save_params(tmp_path, split(nn.Decoder(config, rngs=nnx.Rngs(0)))[1])
+    restored, _ = restore_model(tmp_path, config)
+    assert len(split(restored)[1]) == len(split(nn.Decoder(config, rngs=nnx.Rngs(0)))[1])
+    dense = dataclasses.replace(config, attention=dataclasses.replace(attention, kind="dense"))
+    with pytest.raises(ValueError, match=r"\.compress_key\.inner\.kernel of .* has no place"):
+        restore_model(tmp_path, dense)
 
 
 def test_model_definition_round_trip():

@@ -1,5 +1,6 @@
 """One training step: loss, accumulation, and steps that are not finite."""
 
+import dataclasses
 import functools
 
 import jax
@@ -183,6 +184,19 @@ def test_flops_count_attended_keys_only(kind, k, w):
     assert packed == 2 * attended_keys(kind, positions[:10], num_selected=k, sliding_window=w)
 
 
+@pytest.mark.parametrize(("kind", "k", "w"), [("bigbird", 6, 4), ("moba", 6, 3), ("nsa", 6, 4)])
+def test_flops_of_blocks(kind, k, w):
+    past = [t // 3 * 3 for t in range(20)]
+    selected = sum(t + 1 - past[t] + min(past[t], k - 3) for t in range(20))
+    expected = {
+        "nsa": selected + sum(min(w, t + 1) + (t + 1) // 3 for t in range(20)),
+        "bigbird": sum(min(k + w, t + 1) for t in range(20)),
+        "moba": sum(t + 1 - past[t] + min(past[t], k + w - 3) for t in range(20)),
+    }
+    sizes = {"num_selected": k, "sliding_window": w, "block_size": 3}
+    assert attended_keys(kind, np.arange(20), **sizes) == expected[kind]
+
+
 def test_flops_of_a_row_by_hand():
     attention = nn.AttentionConfig(kind="dense", num_heads=2, num_kv_heads=1, head_dim=4)
     config = nn.DecoderConfig(
@@ -190,6 +204,20 @@ def test_flops_of_a_row_by_hand():
     )
     per_layer = 5 * (8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16) + 2 * 8 * 15
     assert train_flops(config, np.arange(5)) == 6 * (3 * per_layer + 5 * 8 * 10)
+    assert attended_keys("gated_linear", np.arange(9), num_selected=3, sliding_window=4) == 30
+    for kind, pairs, more in (
+        # Rank and heads of the gates, the rank's outputs, and state times keys and queries.
+        ("gated_linear", 2 + 2 + 2 + 2 + 1, 5 * (8 * (1 + 2) + 1 * 4 + 4 * 4 + 8 * 4)),
+        # Gates, and MLPs of width 1 on keys and on values.
+        ("nsa", 9 + (1 + 2 + 3 + 4 + 3) + (1 + 1 + 2 + 2), 5 * (8 * 3 * 2 + 2 * 2 * 4)),
+        # Half of a pair for a query and a mean key.
+        ("moba", 1 + 2 + 3 + 4 + 5 + (1 + 1 + 2) / 2, 0),
+    ):
+        sizes = {"num_selected": 4, "sliding_window": 2, "block_size": 2}
+        attention = nn.AttentionConfig(kind=kind, num_heads=2, num_kv_heads=1, head_dim=4, **sizes)
+        changed = dataclasses.replace(config, attention=attention)
+        expected = per_layer + 2 * 8 * (pairs - 15) + more
+        assert train_flops(changed, np.arange(5)) == 6 * (3 * expected + 5 * 8 * 10), kind
     assert peak_flops("NVIDIA H200") == 989e12
     assert peak_flops("cpu") is None
 

@@ -1,72 +1,35 @@
-"""What SparseK is compared with: layers of the same parameters without its scoring network.
+"""Selection by scores that nobody has to learn, with SparseK's operator and cache."""
 
-Dense attention and a sliding window say what selection could gain at most and has to gain at least.
-The others select, with SparseK's operator and cache, by scores that nobody has to learn: a scorer
-is worth what it is better than these.
-"""
+import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.nn.attention import Attention, SelectiveAttention, SparseKAttention
-from sparsek_jax.nn.cache import (
-    DenseCache,
-    ScoredCache,
-    WindowCache,
-    extend_dense_cache,
-    extend_window_cache,
-    init_dense_cache,
-    init_window_cache,
-)
-from sparsek_jax.nn.causal import dense_attention, window_attention
+from sparsek_jax.nn.attention import SelectiveAttention
+from sparsek_jax.nn.cache import ScoredCache
 from sparsek_jax.nn.rotary import document_positions
 from sparsek_jax.nn.scorer import keep_sinks, keep_sinks_next
 
 
-class DenseAttention(Attention):
-    """Attention over the whole document."""
+def uniform_numbers(
+    layer: int | Int[Array, ""], *indices: Int[Array, "..."], num_heads: int
+) -> Float32[Array, "... K"]:
+    """Random numbers in [0, 1) that depend on layer, head and indices only.
 
-    def mix(self, x, query, key, value, segment_ids, sharding, layer):
-        """Returns attention output `[B, T, N, H]` and None."""
-        del x, sharding, layer
-        return dense_attention(query, key, value, segment_ids=segment_ids), None
+    Args:
+      layer: Index in the decoder.
+      *indices: Arrays that broadcast together.
+      num_heads: K.
+    """
+    # Named, as the default generator is the user's choice and could change between runs.
+    rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
 
-    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
-        """Returns the extended cache and attention output `[B, C, N, H]`, NaN beyond its room."""
-        del x, positions, layer
-        return extend_dense_cache(cache, query, key, value, num_tokens)
+    def draw(*index):
+        return jax.random.uniform(functools.reduce(jax.random.fold_in, index, rng), (num_heads,))
 
-    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> DenseCache:
-        """Makes an empty cache with room for `max_length` tokens."""
-        del support_size
-        return init_dense_cache(batch_size, max_length, self.config, self.dtype)
-
-
-class WindowAttention(Attention):
-    """Attention over a sliding window."""
-
-    def mix(self, x, query, key, value, segment_ids, sharding, layer):
-        """Returns attention output `[B, T, N, H]` and None."""
-        del x, sharding, layer
-        out = window_attention(
-            query,
-            key,
-            value,
-            sliding_window=self.config.sliding_window,
-            segment_ids=segment_ids,
-        )
-        return out, None
-
-    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
-        """Returns the extended cache and attention output `[B, C, N, H]`."""
-        del x, positions, layer
-        return extend_window_cache(cache, query, key, value, num_tokens)
-
-    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> WindowCache:
-        """Makes an empty cache of constant size."""
-        del max_length, support_size
-        return init_window_cache(batch_size, self.config, self.dtype)
+    scalars = ",".join("()" for _ in indices)
+    return jnp.vectorize(draw, signature=f"{scalars}->(k)")(*indices)
 
 
 class UnlearnedSelection(SelectiveAttention):
@@ -137,13 +100,7 @@ class RandomAttention(UnlearnedSelection):
 
     def importance(self, key, positions, layer):
         """Returns `[B, T, K]`, a function of layer, position and head only."""
-        # Named, as the default generator is the user's choice and could change between runs.
-        rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
-
-        def draw(position):
-            return jax.random.uniform(jax.random.fold_in(rng, position), key.shape[2:3])
-
-        return jax.vmap(jax.vmap(draw))(positions)
+        return uniform_numbers(layer, positions, num_heads=key.shape[2])
 
 
 class KeyNormAttention(UnlearnedSelection):
@@ -160,11 +117,25 @@ class KeyNormAttention(UnlearnedSelection):
         return -jnp.linalg.norm(key.astype(jnp.float32), axis=-1)
 
 
-LAYERS = {
-    "sparsek": SparseKAttention,
-    "dense": DenseAttention,
-    "window": WindowAttention,
-    "sinks": SinkAttention,
-    "random": RandomAttention,
-    "key_norm": KeyNormAttention,
-}
+class StridedAttention(UnlearnedSelection):
+    """Attention over a sliding window and k older keys at equal distances.
+
+    The "fixed" pattern of the Sparse Transformer (Child et al. 2019, arXiv 1904.10509), with a
+    window instead of the query's own block: the last token of every block stands for it, for all
+    later queries alike. There, blocks are of one size, about the root of the context. Here they
+    have 1, 2, 4, ... tokens, the fewest with which no more than k are older than the window, so
+    that there are k keys at any length; where k has room for more, the newest halves of blocks
+    have their keys too. Blocks merge as the document grows: a key drops out for good, as SparseK's
+    do.
+    """
+
+    shared_scores = True
+
+    def importance(self, key, positions, layer):
+        """Returns `[B, T, 1]`: the larger a block the key is the last of, and then the newer."""
+        del key, layer
+        number = positions[..., None] + 1
+        size = number & -number
+        # Exact in float32; of keys beyond so many tokens the older ones come first.
+        newness = jnp.minimum(number, 2**23 - 1).astype(jnp.float32) / 2**23
+        return size.astype(jnp.float32) * (1 + newness)

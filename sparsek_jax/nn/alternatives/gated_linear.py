@@ -1,0 +1,176 @@
+"""Gated linear attention (Yang et al. 2023, arXiv 2312.06635) beside a sliding window."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int
+
+from sparsek_jax.nn.attention import Attention, float32_linear
+from sparsek_jax.nn.cache import (
+    GatedLinearCache,
+    extend_window_cache,
+    init_gated_linear_cache,
+)
+from sparsek_jax.nn.causal import join_chunks, split_chunks, window_attention
+from sparsek_jax.nn.config import AttentionConfig
+from sparsek_jax.nn.norms import make_norm
+from sparsek_jax.ops.products import einsum_f32
+from sparsek_jax.ops.selection import document_bounds
+
+# Tokens of a block, whose pairs are computed channel by channel, and blocks of a chunk, of which
+# one at a time is in memory.
+_BLOCK, _BLOCKS = 16, 16
+# With which forget gates start near 1, as in the paper.
+_TEMPERATURE = 16
+
+
+class GatedLinearAttention(Attention):
+    """Attention over a sliding window, and linear attention to all keys through forget gates.
+
+    Every KV head keeps a matrix, the sum of the outer products of its keys and values, of which
+    each key channel is multiplied by a forget gate before the next product is added. The queries
+    read it: `S_t = diag(a_t) S_(t-1) + k_t v_t^T`, `o_t = S_t^T q_t`. What they read is normalised
+    per query head (RMSNorm), multiplied by a gate of that head, and added to the window's output.
+
+    As in the paper, but for these: queries and keys are rotated, as the window needs them to be;
+    the output gate is one number per head; and the forget gates' projection has rank d_model / 64,
+    so that the layer has hardly more parameters than others.
+
+    Its initialiser takes the arguments of `Attention`.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        d_model: int,
+        *,
+        norm_eps: float = 1e-6,
+        rngs: nnx.Rngs,
+        **kwargs,
+    ):
+        super().__init__(config, d_model, norm_eps=norm_eps, rngs=rngs, **kwargs)
+        rank = max(d_model // 64, 1)
+        self.forget_inner = float32_linear(d_model, rank, rngs=rngs)
+        self.forget_outer = float32_linear(rank, config.num_kv_heads * config.head_dim, rngs=rngs)
+        self.gates = float32_linear(d_model, config.num_heads, rngs=rngs)
+        self.linear_norm = make_norm("rmsnorm", config.head_dim, norm_eps, rngs=rngs)
+
+    def mix(self, x, query, key, value, segment_ids, sharding, layer):
+        """Returns attention output `[B, T, N, H]` and None."""
+        del sharding, layer
+        window = window_attention(
+            query,
+            key,
+            value,
+            sliding_window=self.config.sliding_window,
+            segment_ids=segment_ids,
+        )
+        start, _ = document_bounds(segment_ids, *x.shape[:2])
+        state = jnp.zeros((len(x), *key.shape[2:], key.shape[3]))
+        linear, _ = gated_linear_attention(
+            query, key, value, self._log_decay(x), start=start, state=state
+        )
+        return window + self._gated(x, linear), None
+
+    def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
+        """Returns the extended cache and attention output `[B, C, N, H]`."""
+        del positions, layer
+        window_cache, window = extend_window_cache(cache.window, query, key, value, num_tokens)
+        appended = (jnp.arange(x.shape[1]) < num_tokens[:, None])[..., None, None]
+        key, value, log_decay = (
+            jnp.where(appended, array, 0) for array in (key, value, self._log_decay(x))
+        )
+        # The document began before.
+        start = jnp.full(x.shape[:2], -1, jnp.int32)
+        linear, state = gated_linear_attention(
+            query, key, value, log_decay, start=start, state=cache.state
+        )
+        return GatedLinearCache(window_cache, state), window + self._gated(x, linear)
+
+    def init_cache(self, batch_size, *, max_length=None, support_size=None) -> GatedLinearCache:
+        """Makes an empty cache of constant size."""
+        del max_length, support_size
+        return init_gated_linear_cache(batch_size, self.config, self.dtype)
+
+    def _log_decay(self, x):
+        """Logarithms of the forget gates, float32 `[B, T, K, H]`."""
+        logits = self._heads(self.forget_outer(self.forget_inner(x)))
+        return jax.nn.log_sigmoid(logits) / _TEMPERATURE
+
+    def _gated(self, x, linear):
+        gate = jax.nn.sigmoid(self.gates(x))[..., None]
+        return (self.linear_norm(linear) * gate).astype(self.dtype)
+
+
+def gated_linear_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    log_decay: Float32[Array, "B T K H"],
+    *,
+    start: Int[Array, "B T"],
+    state: Float32[Array, "B K H H"],
+) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B K H H"]]:
+    """Linear attention with a forget gate for every key channel, in the chunkwise form.
+
+    Time and memory are linear in T. Nothing is divided by a product of gates, so that gates may be
+    as small as they like.
+
+    Args:
+      query: Queries.
+      key: Keys; zero, with `log_decay` zero, for a token that is to leave no trace.
+      value: Values.
+      log_decay: Logarithms of the forget gates, at most 0.
+      start: First row of every row's document; -1 for the document that `state` is of.
+      state: What came before: a matrix of key and value channels for every KV head.
+
+    Returns:
+      The output, and the state after the last row.
+    """
+    length, num_kv_heads, head_dim = key.shape[1:]
+    size = min(_BLOCK, length)
+    chunk_size = size * min(_BLOCKS, -(-length // size))
+    padding = -length % chunk_size
+
+    def with_zeros(x):
+        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0), (0, 0)))
+
+    @jax.checkpoint
+    def attend(state, chunk):
+        query, key, value, log_decay, start, rows = (
+            x.reshape(len(x), -1, size, *x.shape[2:]) for x in chunk
+        )
+        query = query.reshape(*key.shape[:3], num_kv_heads, -1, head_dim) * head_dim**-0.5
+        since = jnp.cumsum(log_decay, axis=2)
+        first, last = rows[:, :, :1], start[:, :, -1:]
+        # What a block adds to the state, and what it leaves of it.
+        adds = (rows >= last)[..., None, None]
+        kept = key * jnp.where(adds, jnp.exp(since[:, :, -1:] - since), 0.0)
+        added = einsum_f32("bsckh,bsckv->bskhv", kept, value)
+        leaves = (last < first)[..., None]
+        left = jnp.where(leaves, jnp.exp(since[:, :, -1]), 0.0)[..., None]
+        total, after = jax.lax.associative_scan(_after, (left, added), axis=1)
+        after = after + total * state[:, None]
+        before = jnp.concatenate([state[:, None], after[:, :-1]], axis=1)
+        reaches = (start < first)[..., None, None]
+        reading = query * jnp.where(reaches, jnp.exp(since), 0.0)[..., None, :]
+        past = einsum_f32("bsckgh,bskhv->bsckgv", reading, before)
+        # Pairs of one block: the decay between them differs between channels.
+        seen = (rows[:, :, None] <= rows[..., None]) & (rows[:, :, None] >= start[..., None])
+        between = since[:, :, :, None] - since[:, :, None]
+        between = jnp.exp(jnp.where(seen[..., None, None], between, -jnp.inf))
+        weights = einsum_f32("bsckgh,bscjkh->bsckgj", query, between * key[:, :, None])
+        out = past + einsum_f32("bsckgj,bsjkv->bsckgv", weights, value)
+        return after[:, -1], out.reshape(len(out), chunk_size, -1, head_dim)
+
+    rows = jnp.broadcast_to(jnp.arange(length + padding), (len(start), length + padding))
+    inputs = (*map(with_zeros, (query, key, value, log_decay)), start, rows)
+    chunks = [split_chunks(x, chunk_size) for x in inputs]
+    state, out = jax.lax.scan(attend, state, chunks)
+    return join_chunks(out)[:, :length], state
+
+
+def _after(earlier, later):
+    """What is left of a state, and what is added to it, after two runs of blocks."""
+    (left, added), (left_later, added_later) = earlier, later
+    return left * left_later, added * left_later + added_later
