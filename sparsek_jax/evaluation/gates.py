@@ -45,8 +45,8 @@ class LayerGates:
       saturation: Share of the selected keys whose gate is 1, `[K]`.
       interior: Share of the support whose gate lies in (0, 1), the keys that pass a gradient to the
         scorer, `[K]`.
-      score_std: Standard deviation of the scores within documents without the slope term, over all
-        tokens, `[K]`.
+      score_std: Standard deviation of the scores within documents, `[K]`, without the line in the
+        position that fits them best: that is the slope's. Sinks do not count.
       verdicts: For each head "unused" (no pool exceeds k), "broken" (scores not finite),
         "constant", "saturated", "diffuse" or "alive".
     """
@@ -83,7 +83,7 @@ def gate_sums(
     Args:
       scores: Of every key, `[B, T, K]`.
       valid: Tokens that count: not padding.
-      config: `num_selected`, `sliding_window` and `slope` are used.
+      config: `num_selected`, `sliding_window` and `num_sinks` are used.
       segment_ids: Of packed documents.
 
     Returns:
@@ -134,15 +134,23 @@ def gate_sums(
     def total(x):
         return jnp.sum(x.astype(jnp.float32), axis=(0, 1))
 
-    residual = scores - config.slope * (position - start)[:, :, None].astype(jnp.float32)
-    centred = residual - _document_mean(residual, valid, start)
+    scored = valid & (position - start >= config.num_sinks)
+    scored_3d = scored[:, :, None]
+
+    def centred(x):
+        return jnp.where(scored_3d, x - _document_mean(x, scored, start), 0.0)
+
+    deviation = centred(scores)
+    place = centred((position - start)[:, :, None].astype(jnp.float32))
     return {
         "queries": total(counted),
         "kept_mass": total(ones) + total(partial_mass),
         "support": total(between(queries, enter, in_support)),
         "saturated": total(ones),
-        "tokens": total(jnp.broadcast_to(valid[:, :, None], scores.shape)),
-        "squared_deviation": total(jnp.where(valid[:, :, None], centred**2, 0.0)),
+        "tokens": total(jnp.broadcast_to(scored_3d, scores.shape)),
+        "squared_deviation": total(deviation**2),
+        "squared_place": total(jnp.broadcast_to(place**2, scores.shape)),
+        "place_times_deviation": total(place * deviation),
     }
 
 
@@ -174,7 +182,10 @@ class GateTally:
             support = sums["support"] / sums["queries"]
             saturation = sums["saturated"] / (k * sums["queries"])
             interior = 1 - sums["saturated"] / sums["support"]
-            score_std = np.sqrt(sums["squared_deviation"] / sums["tokens"])
+            # Of the line: what it explains.
+            trend = sums["place_times_deviation"] ** 2 / np.maximum(sums["squared_place"], 1)
+            residual = np.maximum(sums["squared_deviation"] - trend, 0)
+            score_std = np.sqrt(residual / sums["tokens"])
         heads = zip(sums["queries"], kept_mass, interior, score_std, strict=True)
         return LayerGates(
             layer=layer,

@@ -79,22 +79,28 @@ def test_equals_a_query_by_query_oracle(window, spread, k):
         np.testing.assert_allclose(layer.interior[head], share, atol=2e-3)
 
 
-def test_spread_is_taken_within_documents_and_without_the_slope():
-    length, slope = 60, 0.25
+@pytest.mark.parametrize("num_sinks", [0, 3])
+def test_spread_is_taken_within_documents_and_without_slope_and_sinks(num_sinks):
+    length, slopes = 60, np.array([0.25, -2.0])
     rng = np.random.default_rng(0)
     content = rng.standard_normal((2, length, 2)).astype(np.float32)
     content[..., 1] *= 3
     segment_ids = documents(length)
     valid = segment_ids > 0
-    scores, total, count = content.copy(), np.zeros(2), 0
+    scores, parts = content.copy(), []
     for b in range(2):
         for segment in np.unique(segment_ids[b][valid[b]]):
             where = segment_ids[b] == segment
-            scores[b, where] += 100 * segment + slope * np.arange(where.sum())[:, None]
-            total += np.square(content[b, where] - content[b, where].mean(0)).sum(0)
-            count += where.sum()
-    layer = measure(scores, valid, attention(num_selected=4, slope=slope), segment_ids)
-    np.testing.assert_allclose(layer.score_std, np.sqrt(total / count), rtol=1e-3)
+            place = np.arange(where.sum())[:, None]
+            scores[b, where] += 100 * segment + slopes * place
+            scores[b, np.flatnonzero(where)[:num_sinks]] = 500
+            scored = (place[num_sinks:], content[b, where][num_sinks:])
+            parts.append([x - x.mean(0) for x in scored])
+    place, content = map(np.concatenate, zip(*parts, strict=True))
+    residual = content - place * (place * content).sum(0) / (place**2).sum()
+    config = attention(num_selected=4, num_sinks=num_sinks)
+    layer = measure(scores, valid, config, segment_ids)
+    np.testing.assert_allclose(layer.score_std, np.sqrt(np.mean(residual**2, 0)), rtol=1e-3)
 
 
 def test_padding_behind_a_continuous_row_does_not_count():
