@@ -37,6 +37,7 @@ from sparsek_jax import nn
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.decoder import Block
 from sparsek_jax.nn.rotary import apply_rotary, rotary_frequencies
+from sparsek_jax.nn.scorer import keep_sinks
 from sparsek_jax.ops.selection import causal_selection
 from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.training.parameters import Params, define
@@ -247,11 +248,10 @@ class _Programs:
         positions = jnp.arange(x.shape[1])
         scores = jnp.einsum("td,drk->trk", x[0], kernels)
         scores += (self.rates[:, None] * positions[:, None, None]).astype(jnp.float32)
-        is_sink = (positions < config.num_sinks)[:, None, None]
-        scores = jnp.where(is_sink, scores.max() + 1, scores)
+        flat = scores.reshape(1, len(positions), -1)
         return selection_divergence(
             *self._rotated(query, key),
-            scores,
+            keep_sinks(flat, positions[None], config.num_sinks).reshape(scores.shape),
             num_selected=config.num_selected,
             sliding_window=config.sliding_window,
         )
