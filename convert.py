@@ -44,6 +44,9 @@ _SCALE = flags.DEFINE_float("scale", DEFAULT_SCALE, "Standard deviation of the s
 _TIMESTEP_NORM = flags.DEFINE_boolean(
     "timestep_norm", False, "Whether the new scores are normalised over time."
 )
+_LEARNED_SLOPE = flags.DEFINE_boolean(
+    "learned_slope", True, "Whether each head gets a rate at which it forgets."
+)
 _NUM_SINKS = flags.DEFINE_integer(
     "num_sinks", 4, "First tokens of a document that are always selected.", 0
 )
@@ -56,7 +59,16 @@ _COMMANDS = {
     "import": (("from", "workdir"), _ATTENTION),
     "calibrate": (
         ("workdir", "to", "text"),
-        ("method", "scale", "timestep_norm", "num_sinks", "gating", "length", "rows"),
+        (
+            "method",
+            "scale",
+            "timestep_norm",
+            "learned_slope",
+            "num_sinks",
+            "gating",
+            "length",
+            "rows",
+        ),
     ),
     "export": (("workdir", "to"), ("dtype",)),
     "inspect": (("from",), ()),
@@ -77,6 +89,7 @@ def main(command: str) -> None:
             method=_METHOD.value,
             scale=_SCALE.value,
             timestep_norm=_TIMESTEP_NORM.value,
+            learned_slope=_LEARNED_SLOPE.value,
             num_sinks=_NUM_SINKS.value,
             gating=_GATING.value,
             length=_LENGTH.value,

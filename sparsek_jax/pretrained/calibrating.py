@@ -46,6 +46,7 @@ def calibrate_model(
     method: Method = "attention_mass",
     scale: float = DEFAULT_SCALE,
     timestep_norm: bool = False,
+    learned_slope: bool = True,
     num_sinks: int = 4,
     gating: str | None = None,
     length: int = 2048,
@@ -62,6 +63,8 @@ def calibrate_model(
       timestep_norm: Whether the new scorers have a TimestepNorm, whatever those of `workdir` have.
         It makes the first token's score 0, and so loses the token that many models attend to most
         unless that is a sink.
+      learned_slope: Whether each head gets a rate at which it forgets. That lowers nats, but what
+        stands far back and is needed only once is lost.
       num_sinks: First tokens of a document to select always.
       gating: How gates act, "soft" or "straight_through"; None: as in `workdir`.
       length: Tokens in a row.
@@ -87,7 +90,7 @@ def calibrate_model(
     source = decoder_config(config, tokenizer.vocab_size)
     _check_attention(workdir, source, length)
     config.attention.timestep_norm = timestep_norm
-    config.attention.learned_slope = True
+    config.attention.learned_slope = learned_slope
     config.attention.num_sinks = num_sinks
     config.attention.gating = gating or config.attention.gating
     config.init_from = ""  # The weights are here.
@@ -104,7 +107,8 @@ def calibrate_model(
         layers.append(layer)
         start = starts[method]
         prefix = f"layers.{layer}.attention.scorer"
-        scorers[f"{prefix}.head_slope"] = SLOPE_UNIT * start.slope
+        if learned_slope:
+            scorers[f"{prefix}.head_slope"] = SLOPE_UNIT * start.slope
         scorers[f"{prefix}.kernel"] = start.kernel
         if timestep_norm:
             scorers[f"{prefix}.kernel"] = start.kernel / scale

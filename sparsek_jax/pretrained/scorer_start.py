@@ -173,7 +173,7 @@ def scorer_starts(
     Args:
       params: Of the decoder with every layer by itself (`unstack_layers`); scorers are not used.
       config: Of the decoder. SparseK layers attend densely here, other ones as they are. k, w and
-        the sinks are those that slopes are chosen for.
+        the sinks are those that slopes are chosen for; without `learned_slope` slopes are 0.
       tokens: Rows of text, each a document, longer than the window.
       methods: Some of METHODS; the module says what they are.
       scale: Standard deviation of the scores over the text.
@@ -204,7 +204,8 @@ class _Programs:
     def __init__(self, config: nn.DecoderConfig, kind: str, methods: Sequence[Method]):
         self.config, self.methods = config.attention, methods
         self.definition = define(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
-        self.rates = np.array(_RATES) / config.attention.num_selected
+        rates = _RATES if config.attention.learned_slope else (0,)
+        self.rates = np.array(rates) / config.attention.num_selected
         self.apply = jax.jit(self._apply)
         self.observe = jax.jit(self._observe)
         self.divergence = jax.jit(self._divergence)

@@ -222,6 +222,15 @@ def test_while_all_keys_are_within_reach_the_logits_are_the_dense_ones(imported,
     assert not np.allclose(found[:, 12:], logits[:, 12:], atol=1e-2)
 
 
+def test_without_slopes_heads_do_not_forget(imported, tmp_path):
+    calibrate_model(
+        imported / "run", tmp_path / "new", [imported / "text"], length=64, learned_slope=False
+    )
+    assert not load_config(tmp_path / "new").attention.learned_slope
+    _, params = split(load_run(tmp_path / "new").model)
+    assert not any("head_slope" in name for name in params)
+
+
 def test_stacked_layers_get_the_same_scorers(imported, tmp_path):
     config = load_config(imported / "run")
     _, params = split(load_run(imported / "run").model)
