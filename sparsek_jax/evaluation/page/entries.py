@@ -100,8 +100,8 @@ class Entry:
 
 
 def mean_and_deviation(
-    values: Float[np.ndarray, "runs *rest"],
-) -> tuple[Float64[np.ndarray, " *rest"], Float64[np.ndarray, "*rest"]]:
+    values: Float[np.ndarray, "runs ..."],
+) -> tuple[Float64[np.ndarray, " ..."], Float64[np.ndarray, " ..."]]:
     """Mean over runs and standard deviation of a sample; NaN with fewer than two runs."""
     if not len(values):
         return np.zeros(values.shape[1:]), np.full(values.shape[1:], np.nan)

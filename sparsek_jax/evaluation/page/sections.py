@@ -193,7 +193,8 @@ def _gates_table(entry: Entry, marks: Marks) -> str:
     rows = []
     for layer, counts in sorted(verdicts.items()):
         cells = "".join(
-            f"<td>{format_spread(Spread(means[layer]), spec)}</td>" for _, spec, means, _ in columns
+            f"<td>{format(means[layer], spec) if np.isfinite(means[layer]) else '-'}</td>"
+            for _, spec, means, _ in columns
         )
         heads = " ".join(f"{count} {_verdict(name)}" for name, count in counts.items())
         rows.append(f'<tr><th scope="row">{layer}</th>{cells}<td class="heads">{heads}</td></tr>')
