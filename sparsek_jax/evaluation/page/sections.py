@@ -262,7 +262,8 @@ def _kind_names(nats: TextNats) -> dict[str, str]:
     if any(os.path.isabs(kind) for kind in nats.kinds) != all(map(os.path.isabs, nats.kinds)):
         return {kind: kind for kind in nats.kinds}
     common = os.path.commonpath(nats.kinds)
-    return {kind: os.path.relpath(kind, common or ".") for kind in nats.kinds}
+    names = {kind: os.path.relpath(kind, common or ".") for kind in nats.kinds}
+    return {kind: "./" if name == "." else name for kind, name in names.items()}
 
 
 def _short(bucket: Bucket) -> str:

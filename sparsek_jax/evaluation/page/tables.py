@@ -177,10 +177,11 @@ def notes(entries: Sequence[Entry]) -> str:
         results = [*entry.held_out, *(result for group in entry.tasks.values() for result in group)]
         for note in dict.fromkeys(note for result in results for note in result.notes):
             said[note].append(entry.title)
+        results += (nats for group in entry.nats.values() for nats in group)
         steps = {step for step in (r.step for r in results) if step != entry.step}
         if steps:
             told = " and ".join(f"{step:,}" for step in sorted(steps))
-            said[f"Tasks were evaluated at step {told}."].append(entry.title)
+            said[f"Of another step, {told}: tasks or text files."].append(entry.title)
     for record in (record for entry in entries for record in entry.records):
         for remark in record.remarks:
             said[f"Left out: {remark}."].append(record.directory.absolute().name)
