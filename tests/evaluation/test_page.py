@@ -274,7 +274,14 @@ def test_a_run_evaluated_with_another_attention_has_a_row_for_it(tmp_path):
     assert rows["s as window"]["attention"] == "window"
     assert rows["s as window"]["k"] == "-"
     assert "s as window: attention.kind='window'; trained with 'sparsek'." in page.text
-    assert page.text.startswith("1 run of", page.text.index("1 run"))
+    assert "1 run of sparsek_jax" in page.text
+
+
+def test_results_of_another_step_are_noted(tmp_path):
+    run = Run(tmp_path / "s").held_out(2.0, step=7).task({32: 0.5}).nats([2.0, 4.0])
+    page = parsed(run)
+    assert page.runs()["s"]["steps"] == "7"
+    assert "s: Of another step, 3: tasks or text files." in page.text
 
 
 def test_text_files_by_kind_and_position(tmp_path):
@@ -401,8 +408,10 @@ def test_mistakes_are_refused(tmp_path):
 
 def test_a_text_without_a_checkpoint_to_read_it_is_left_out(tmp_path):
     runs = Run(tmp_path / "a").held_out(2.0), Run(tmp_path / "b", "dense").held_out(2.0)
+    runs[0].held_out(3.0, label="window")
     page = parsed(*runs, text="some text")
     assert re.search("a: left out, .* holds no checkpoint", page.text)
+    assert page.text.count("left out") == 2  # not once more as window
     assert "b: left out, no layer of dense has a scorer" in page.text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 import re
 from collections.abc import Sequence
@@ -75,8 +74,10 @@ def make_page(
     """
     if not directories:
         raise ConfigError("no run is named; expected directories of runs, such as runs/*")
-    distinct = {Path(directory).resolve(): directory for directory in reversed(directories)}
-    records = [read_record(directory) for directory in reversed(distinct.values())]
+    distinct: dict[Path, str | os.PathLike] = {}
+    for directory in directories:
+        distinct.setdefault(Path(directory).resolve(), directory)
+    records = [read_record(directory) for directory in distinct.values()]
     entries = make_entries(records)
     marks = measured_settings(entries)
     caption = (
@@ -96,16 +97,9 @@ def make_page(
     if text is not None:
         sections.append(("Selected in a sample text", selected(entries, text, max_tokens)))
     body = "".join(f"<section><h2>{name}</h2>{part}</section>" for name, part in sections if part)
-    parts = {"TITLE": html.escape(_title(entries)), "BODY": body}
+    parts = {"TITLE": f"{plural(len(records), 'run')} of sparsek_jax", "BODY": body}
     template = _TEMPLATE.read_text(encoding="utf-8")
     return re.sub("__(TITLE|BODY)__", lambda match: parts[match[1]], template)
-
-
-def _title(entries) -> str:
-    runs = sum(
-        len(records) for records in {entry.name: entry.records for entry in entries}.values()
-    )
-    return f"{plural(runs, 'run')} of sparsek_jax"
 
 
 def _read_text(path: Path) -> str:

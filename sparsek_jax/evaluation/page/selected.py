@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from sparsek_jax.evaluation.page.entries import Entry
 from sparsek_jax.evaluation.page.records import plural
 from sparsek_jax.evaluation.page.tables import key
-from sparsek_jax.generation.explain.memory import Memory, check_explainable, explain
+from sparsek_jax.generation.explain.memory import Memory, explain
 from sparsek_jax.generation.explain.page import page, token_pieces
 from sparsek_jax.generation.loading import load_run
 from sparsek_jax.training.checkpoint import CheckpointError
@@ -38,16 +38,19 @@ def selected(entries: Sequence[Entry], text: str, max_tokens: int) -> str:
       HTML, with what was left out.
     """
     out = []
+    seen = set()
     for entry in entries:
-        if not entry.is_trained:
+        # Whatever else a run was evaluated as, it reads with the attention of training.
+        directories = {record.directory for record in entry.records}
+        if directories <= seen:
             continue
+        seen |= directories
         record = entry.records[0]
         if "sparsek" not in record.kinds.split("+"):
             out.append(_left_out(entry, f"no layer of {record.kinds} has a scorer"))
             continue
         try:
             run = load_run(record.directory)
-            check_explainable(run.model.config)
             whole = [run.tokenizer.bos_id, *run.tokenizer.encode(text).tolist()]
             tokens = np.array(whole[:max_tokens], np.int32)
             memory = explain(run.model, tokens)
@@ -65,7 +68,7 @@ def selected(entries: Sequence[Entry], text: str, max_tokens: int) -> str:
         document = page(memory, run.tokenizer, tokens, title=title)
         pieces = token_pieces(run.tokenizer, tokens)
         out.append(
-            f"<h3>{key(entry)} <small>{html.escape(title + cut)}</small></h3>"
+            f"<h3>{key(entry, entry.name)} <small>{html.escape(title + cut)}</small></h3>"
             + _survivors(memory, pieces)
             + "<details><summary>All of the text, token by token</summary>"
             f'<iframe loading="lazy" title="{html.escape(title)}" srcdoc="{html.escape(document)}">'
@@ -75,7 +78,7 @@ def selected(entries: Sequence[Entry], text: str, max_tokens: int) -> str:
 
 
 def _left_out(entry: Entry, why: str) -> str:
-    return f"<p>{key(entry)}: left out, {html.escape(' '.join(why.split()))}</p>"
+    return f"<p>{key(entry, entry.name)}: left out, {html.escape(' '.join(why.split()))}</p>"
 
 
 def _survivors(memory: Memory, pieces: Sequence[str]) -> str:

@@ -124,12 +124,12 @@ def row_head(entry: Entry) -> str:
     return f'<th scope="row">{key(entry)}</th>'
 
 
-def key(entry: Entry) -> str:
-    """An entry's name with its colour, which shows its lines when pointed at."""
+def key(entry: Entry, name: str = "") -> str:
+    """An entry's title, or another name, with its colour; pointed at, it shows its lines."""
     return (
         f'<span class="key {style_of(entry.index)}" data-e="{entry.index}">'
         f'<svg viewBox="0 0 22 8" aria-hidden="true"><polyline points="1,4 21,4"/></svg>'
-        f"{html.escape(entry.title)}</span>"
+        f"{html.escape(name or entry.title)}</span>"
     )
 
 
