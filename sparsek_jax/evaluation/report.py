@@ -1,4 +1,7 @@
-"""An evaluation as a table on the screen, a JSON file and a plot."""
+"""An evaluation as a table on the screen, a JSON file and a plot.
+
+Run as a program, it makes a page of several runs: see `sparsek_jax.evaluation.page`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import functools
 import json
 import math
 import os
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,7 +59,7 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
         table.add_column(column, justify="right")
     for bucket in loss.buckets:
         table.add_row(
-            _span(bucket),
+            context_span(bucket),
             f"{bucket.tokens:,}",
             _with_error(bucket.nats_per_token, bucket.standard_error),
         )
@@ -86,11 +90,11 @@ def _print_gates(evaluation: Evaluation, console: Console) -> None:
         seen.update(verdicts)
         table.add_row(
             str(layer.layer),
-            _number(_mean(layer.kept_mass), ".1%"),
-            _number(_mean(layer.support), ",.1f"),
-            _number(_mean(layer.saturation), ".1%"),
-            _number(_mean(layer.interior), ".1%"),
-            _number(_mean(layer.score_std), ".3g"),
+            _number(finite_mean(layer.kept_mass), ".1%"),
+            _number(finite_mean(layer.support), ",.1f"),
+            _number(finite_mean(layer.saturation), ".1%"),
+            _number(finite_mean(layer.interior), ".1%"),
+            _number(finite_mean(layer.score_std), ".3g"),
             ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()),
         )
     console.print(table)
@@ -168,7 +172,7 @@ def _plot_loss(ax, evaluation: Evaluation) -> None:
     ax.errorbar(range(len(buckets)), nats, yerr=errors, marker="o", markersize=4, capsize=3)
     ax.set_xticks(
         range(len(buckets)),
-        [_span(b) for b in buckets],
+        [context_span(b) for b in buckets],
         rotation=40,
         ha="right",
         rotation_mode="anchor",
@@ -204,7 +208,7 @@ def _plot_heads(ax, gates: list[LayerGates], name: str, label: str, marker: str)
     layers = [layer.layer for layer in gates]
     (line,) = ax.plot(
         layers,
-        [_mean(getattr(layer, name)) for layer in gates],
+        [finite_mean(getattr(layer, name)) for layer in gates],
         marker=marker,
         markersize=4,
         label=label,
@@ -219,23 +223,32 @@ def describe_attention(attention: AttentionConfig) -> str:
     """Kinds of layers, and the sizes that matter to them."""
     kinds = attention.pattern or (attention.kind,)
     parts = ["+".join(kinds)]
-    if set(kinds) - {"dense", "window", "gated_linear"}:
-        parts.append(f"k={attention.num_selected}")
-    if set(kinds) - {"dense"}:
-        parts.append(f"w={attention.sliding_window}")
-    if set(kinds) & {"bigbird", "moba", "nsa"}:
-        parts.append(f"block={attention.block_size}")
+    parts += [f"{name}={size}" for name, size in attention_sizes(attention).items()]
     if "sparsek" in kinds and attention.gating != "soft":
         parts.append(attention.gating)
     return " ".join(parts)
 
 
-def _span(bucket: Bucket) -> str:
+def attention_sizes(attention: AttentionConfig) -> dict[str, int]:
+    """Of "k", "w" and "block", those that matter to the kinds of layers."""
+    kinds = set(attention.pattern or (attention.kind,))
+    sizes = {}
+    if kinds - {"dense", "window", "gated_linear"}:
+        sizes["k"] = attention.num_selected
+    if kinds - {"dense"}:
+        sizes["w"] = attention.sliding_window
+    if kinds & {"bigbird", "moba", "nsa"}:
+        sizes["block"] = attention.block_size
+    return sizes
+
+
+def context_span(bucket: Bucket) -> str:
+    """The tokens of context of a bucket, for people."""
     last = bucket.stop - 1
     return f"{bucket.start:,}" if bucket.start == last else f"{bucket.start:,} to {last:,}"
 
 
-def _mean(values: np.ndarray) -> float:
+def finite_mean(values: np.ndarray) -> float:
     """Mean over the heads that have a value."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else math.nan
@@ -261,3 +274,8 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+if __name__ == "__main__":
+    # The page shows the reports of many runs; its modules import this one.
+    runpy.run_module("sparsek_jax.evaluation.page", run_name="__main__", alter_sys=True)

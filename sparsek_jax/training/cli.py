@@ -13,7 +13,9 @@ from sparsek_jax.training.config import ConfigError, default_config
 from sparsek_jax.training.trainer import TrainingDivergedError
 
 
-def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
+def run(
+    main: Callable[..., None], *, commands: Sequence[str] = (), takes_arguments: bool = False
+) -> None:
     """Parses the flags, runs `main` and exits.
 
     The status is 2 after a mistake of the user's: a mistyped or impossible flag or `--config` field
@@ -25,6 +27,7 @@ def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
       main: The program.
       commands: Names one of which is the first argument, and given to `main`; none: it has no
         arguments.
+      takes_arguments: Whether what is no flag, and no command, is given to `main` too.
     """
     app.define_help_flags()
     logging.use_absl_handler()
@@ -42,7 +45,9 @@ def run(main: Callable[..., None], *, commands: Sequence[str] = ()) -> None:
             given = repr(arguments[0]) if arguments else "nothing"
             _fail(f"the command is {given}; expected one of {', '.join(commands)}", status=2)
         main = functools.partial(main, arguments.pop(0))
-    if arguments:
+    if takes_arguments:
+        main = functools.partial(main, *arguments)
+    elif arguments:
         hint = ", with patterns in quotes (--config.data.glob='texts/*.txt')"
         _fail(
             f"unexpected argument {arguments[0]!r}; expected --flag=value"

@@ -24,11 +24,38 @@ _FIXED_FIELDS = ("seed", "init_from", "train.batch_size", "optimizer.freeze_step
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, in UTF-8."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path, *, expected: str = "another --workdir") -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+      path: The file.
+      expected: What the message of the error asks for.
+
+    Raises:
+      ConfigError: It is damaged.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); expected {expected}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is damaged (no JSON object); expected {expected}")
+    return content
 
 
 def save_run(workdir: Path, config: ml_collections.ConfigDict, corpus: Corpus) -> None:
@@ -68,7 +95,7 @@ def save_import(
 
 def imported_from(workdir: str | os.PathLike) -> dict[str, Any] | None:
     """What a model was before it was imported into a directory; None if it was not."""
-    return _run_record(Path(workdir)).get("imported")
+    return run_record(workdir).get("imported")
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -84,7 +111,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
             f"workdir={str(workdir)!r} holds no run (no config.json); train one first: "
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
-    config = ml_collections.ConfigDict(_read_json(path))
+    config = ml_collections.ConfigDict(read_json(path))
     if imported_from(workdir) is not None:
         # Beside the weights; a path that is absolute stays as it is.
         config.data.tokenizer = str(Path(workdir).absolute() / config.data.tokenizer)
@@ -93,7 +120,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
 def corpus_directory(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Path:
     """Where the prepared text of a run lies, and the tokenizer if it was trained on it."""
-    corpus = _run_record(Path(workdir)).get("corpus", "")
+    corpus = run_record(workdir).get("corpus", "")
     return Path(config.data.root).expanduser() / corpus
 
 
@@ -107,7 +134,7 @@ def load_run_tokenizer(workdir: str | os.PathLike, config: ml_collections.Config
     Raises:
       ConfigError: It is not where it was, or is another now.
     """
-    record = _run_record(Path(workdir))
+    record = run_record(workdir)
     directory = corpus_directory(workdir, config)
     try:
         tokenizer = load_tokenizer(config.data.tokenizer, directory=directory)
@@ -151,7 +178,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
                 f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
                 f"{old!r}; expected the same value, or another --workdir"
             )
-    processes = _run_record(workdir).get("processes", jax.process_count())
+    processes = run_record(workdir).get("processes", jax.process_count())
     if processes != jax.process_count():
         raise ConfigError(
             f"this is one of {jax.process_count()} processes, but the run in "
@@ -176,7 +203,7 @@ def check_same_tokenizer(
     """
     saved = load_config(initial)
     fingerprint = _tokenizer_fingerprint(config, corpus.directory)
-    if _run_record(Path(initial)).get("tokenizer", fingerprint) != fingerprint:
+    if run_record(initial).get("tokenizer", fingerprint) != fingerprint:
         raise ConfigError(
             f"data.tokenizer={config.data.tokenizer!r}, but init_from={str(initial)!r} was trained "
             f"with {saved.data.tokenizer!r}; expected the same"
@@ -189,7 +216,7 @@ def check_same_corpus(corpus: Corpus, workdir: Path) -> None:
     Raises:
       ConfigError: It is another.
     """
-    name = _run_record(workdir).get("corpus", corpus.directory.name)
+    name = run_record(workdir).get("corpus", corpus.directory.name)
     if corpus.directory.name != name:
         raise ConfigError(
             f"the text that config.data describes is now {corpus.directory.name}, but the run in "
@@ -205,19 +232,14 @@ def _tokenizer_fingerprint(config: ml_collections.ConfigDict, corpus_directory: 
     return tokenizer_fingerprint(spec)
 
 
-def _run_record(workdir: Path) -> dict[str, Any]:
-    path = workdir / "run.json"
-    return _read_json(path) if path.exists() else {}
+def run_record(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Which text and tokenizer a run or an import has; empty where that was not written down.
 
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); expected another --workdir") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} is damaged (no JSON object); expected another --workdir")
-    return content
+    Raises:
+      ConfigError: The file is damaged.
+    """
+    path = Path(workdir) / "run.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _lookup(config: Any, field: str) -> Any:
