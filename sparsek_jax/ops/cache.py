@@ -25,8 +25,10 @@ from sparsek_jax.ops.attention import (
     check_gating,
     sparsek_attention,
 )
+from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.ring import ages, rows_in_order
+from sparsek_jax.ops.selection import causal_selection, document_bounds
 from sparsek_jax.ops.tracing import computed_once
 
 # The search for tau narrows its bracket, of width one, by the factor `_SECTIONS` in every round:
@@ -364,23 +366,8 @@ def _attend(query, cache, gate, scale):
 @functools.partial(jax.jit, static_argnames=("scale", "implementation"))
 def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, implementation):
     k, w = cache.num_selected, cache.sliding_window
-    appended = np.arange(query.shape[1]) < num_tokens[:, None]
-    # What is not appended must not spread its NaNs through a product with zero.
-    key, value, scores = (_where(appended, x, jnp.zeros_like(x)) for x in (key, value, scores))
-    past = _past(cache)
-    past_size = past.score.shape[2]
-
-    def joined(remembered, new):
-        return jnp.concatenate([remembered, jnp.swapaxes(new, 1, 2)], axis=2)
-
-    positions = cache.length[:, None] + np.arange(query.shape[1], dtype=np.int32)
-    sequence = _Sequence(
-        joined(past.key, key),
-        joined(past.value, value),
-        joined(past.score, _finite_or_nan(scores)),
-        joined(past.position, jnp.repeat(positions[..., None], scores.shape[2], axis=2)),
-        jnp.concatenate([past.exists, jnp.ones_like(appended)], axis=1),
-    )
+    sequence = _with_past(cache, key, value, scores, num_tokens)
+    past_size = sequence.score.shape[2] - query.shape[1]
     out = sparsek_attention(
         jnp.pad(query, ((0, 0), (past_size, 0), (0, 0), (0, 0))),
         *(jnp.swapaxes(x, 1, 2) for x in (sequence.key, sequence.value, sequence.score)),
@@ -391,10 +378,82 @@ def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, impl
         segment_ids=sequence.exists.astype(jnp.int32),
         implementation=implementation,
     )[:, past_size:]
+    appended = np.arange(query.shape[1]) < num_tokens[:, None]
     out = _where(appended, out, jnp.zeros_like(out))
     extended = _remembered(cache, sequence, past_size, num_tokens)
     # Rows that append nothing keep every bit.
     return jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache), out
+
+
+def dropped_by(
+    cache: SparseKCache,
+    extended: SparseKCache,
+    key: Float[Array, "B C K H"],
+    value: Float[Array, "B C K H"],
+    scores: Float[Array, "B C S"],
+    num_tokens: Int32[Array, " B"],
+) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Bool[Array, "B C K"]]:
+    """The key that every new query is the first not to attend to any more, and its value.
+
+    A query drops at most one key; what no query has dropped is in the cache.
+
+    Args:
+      cache: Before `extend_cache`, which was given the same tokens.
+      extended: After it.
+      key: Of the next tokens.
+      value: Of the next tokens.
+      scores: Of the next tokens, the same bits.
+      num_tokens: How many of them are appended.
+
+    Returns:
+      Keys, values, and where there are any; they are zero where there is none.
+    """
+    if key.shape[1] == 1:
+        *rows, exists = _dropped_by_one(cache, extended, key, value, num_tokens)
+    else:
+        *rows, exists = _dropped_by_many(cache, key, value, scores, num_tokens)
+    exists = jnp.broadcast_to(exists, rows[0].shape[:3])
+    rows = [jnp.where(exists[..., None], x, jnp.zeros_like(x)) for x in rows]
+    return tuple(jnp.swapaxes(x, 1, 2) for x in (*rows, exists))
+
+
+def _dropped_by_one(cache, extended, key, value, num_tokens):
+    k, w = cache.num_selected, cache.sliding_window
+    # What enters the pool, without a window the new token, takes the row of the key that is
+    # dropped, or is dropped itself.
+    replaced = cache.position[..., :k] != extended.position[..., :k]
+    entering = k + (cache.length % w if w else jnp.zeros_like(cache.length))
+    accepted, target = jnp.any(replaced, axis=-1), jnp.argmax(replaced, axis=-1)
+    row = jnp.where(accepted, target, entering[:, None])[..., None]
+    is_new = row == k + w
+    enters = (num_tokens > 0) & (cache.length >= w)
+    # The row may have been empty.
+    exists = enters[:, None, None] & (is_new | (_rows_or_zero(cache.position, row) >= 0))
+
+    def dropped(remembered, new):
+        rows = _rows_or_zero(remembered, _for_heads(remembered, row))
+        return jnp.where(is_new[..., None], jnp.swapaxes(new, 1, 2), rows)
+
+    return dropped(cache.key, key), dropped(cache.value, value), exists
+
+
+def _dropped_by_many(cache, key, value, scores, num_tokens):
+    sequence = _with_past(cache, key, value, scores, num_tokens)
+    past_size = sequence.score.shape[2] - key.shape[1]
+    segment_ids = sequence.exists.astype(jnp.int32)
+    selection = causal_selection(
+        jnp.swapaxes(sequence.score, 1, 2),
+        num_selected=cache.num_selected,
+        sliding_window=cache.sliding_window,
+        segment_ids=segment_ids,
+    )
+    _, end = document_bounds(segment_ids, *segment_ids.shape)
+    row = dropped_keys(selection.lifetimes.until, end)[:, past_size:]
+    appended = np.arange(key.shape[1]) < num_tokens[:, None]
+    exists = appended[..., None] & (row < segment_ids.shape[1])
+    row = jnp.swapaxes(row, 1, 2)
+    rows = (_rows_or_zero(x, _for_heads(x, row)) for x in (sequence.key, sequence.value))
+    return *rows, jnp.swapaxes(exists, 1, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,6 +468,26 @@ class _Sequence:
     score: Float32[Array, "B S L"]
     position: Int32[Array, "B S L"]
     exists: Bool[Array, "B L"]
+
+
+def _with_past(cache, key, value, scores, num_tokens) -> _Sequence:
+    """What is remembered, and then the next tokens, of which `num_tokens` are appended."""
+    appended = np.arange(key.shape[1]) < num_tokens[:, None]
+    # What is not appended must not spread its NaNs through a product with zero.
+    key, value, scores = (_where(appended, x, jnp.zeros_like(x)) for x in (key, value, scores))
+    past = _past(cache)
+
+    def joined(remembered, new):
+        return jnp.concatenate([remembered, jnp.swapaxes(new, 1, 2)], axis=2)
+
+    positions = cache.length[:, None] + np.arange(key.shape[1], dtype=np.int32)
+    return _Sequence(
+        joined(past.key, key),
+        joined(past.value, value),
+        joined(past.score, _finite_or_nan(scores)),
+        joined(past.position, jnp.repeat(positions[..., None], scores.shape[2], axis=2)),
+        jnp.concatenate([past.exists, jnp.ones_like(appended)], axis=1),
+    )
 
 
 def _past(cache: SparseKCache) -> _Sequence:
