@@ -21,6 +21,7 @@ from sparsek_jax.evaluation.evaluate import Evaluation
 from sparsek_jax.evaluation.gates import MEANINGS, LayerGates
 from sparsek_jax.evaluation.perplexity import Bucket
 from sparsek_jax.nn import AttentionConfig
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.training.workdir import write_json
 
 
@@ -225,7 +226,7 @@ def describe_attention(attention: AttentionConfig) -> str:
         parts.append(f"w={attention.sliding_window}")
     if set(kinds) & {"bigbird", "moba", "nsa"}:
         parts.append(f"block={attention.block_size}")
-    if "sparsek" in kinds and attention.gating != "soft":
+    if any(map(has_scorer, kinds)) and attention.gating != "soft":
         parts.append(attention.gating)
     return " ".join(parts)
 

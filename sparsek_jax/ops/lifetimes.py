@@ -66,9 +66,7 @@ def key_lifetimes(
     return Lifetimes(until, first - start)
 
 
-def dropped_keys(
-    until: Int32[Array, "B T K"], end: Int32[Array, "B T"]
-) -> Int32[Array, "B T K"]:
+def dropped_keys(until: Int32[Array, "B T K"], end: Int32[Array, "B T"]) -> Int32[Array, "B T K"]:
     """The key that every query is the first not to attend to any more; T if there is none.
 
     A query adds at most one key to the pool, so it drops at most one.

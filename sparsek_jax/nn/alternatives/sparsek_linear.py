@@ -125,7 +125,7 @@ def linear_attention(
     Returns:
       The output, zero where there is no key, and the state after the last row.
     """
-    length, num_kv_heads, head_dim = key.shape[1:]
+    length, _, head_dim = key.shape[1:]
     chunk_size = min(_CHUNK, length)
     padding = -length % chunk_size
 
