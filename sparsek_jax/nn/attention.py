@@ -290,8 +290,9 @@ class SelectiveAttention(Attention):
         value: Float[Array, "B C K H"],
         scores: Float32[Array, "B C K"],
         num_tokens: Int[Array, " B"],
+        **options: bool,
     ) -> tuple[SparseKCache, Float[Array, "B C N H"]]:
-        """Returns the extended cache and attention output by scores `[B, C, K or 1]`."""
+        """Returns what `extend_cache` does with these options, by scores `[B, C, K or 1]`."""
         return extend_cache(
             cache,
             query,
@@ -300,6 +301,7 @@ class SelectiveAttention(Attention):
             scores,
             num_tokens=num_tokens,
             implementation=self.config.implementation,
+            **options,
         )
 
     def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:

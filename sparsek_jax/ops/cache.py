@@ -11,7 +11,7 @@ tokens are appended by attention over a short sequence, what is remembered in fr
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,20 @@ class SparseKCache:
     support: Support | None
     num_selected: int
     sliding_window: int
+
+
+class Dropped(NamedTuple):
+    """The key that every new query is the first not to attend to any more; it drops at most one.
+
+    Attributes:
+      key: Of the dropped token; zero where there is none.
+      value: As `key`.
+      exists: Whether the query drops a key.
+    """
+
+    key: Float[Array, "B C K H"]
+    value: Float[Array, "B C K H"]
+    exists: Bool[Array, "B C K"]
 
 
 # By field, what an empty cache consists of.
@@ -216,7 +230,11 @@ def extend_cache(
     scale: float | None = None,
     num_tokens: Int[Array, " B"] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[SparseKCache, Float[Array, "B C N H"]]:
+    return_dropped: bool = False,
+) -> (
+    tuple[SparseKCache, Float[Array, "B C N H"]]
+    | tuple[SparseKCache, Float[Array, "B C N H"], Dropped]
+):
     """Appends C tokens and attends from each to itself and what came before.
 
     However a sequence is cut into calls, the outputs are those of one `sparsek_attention` over all
@@ -237,11 +255,12 @@ def extend_cache(
       num_tokens: How many of the C tokens each member of the batch appends, the first ones; 0 to C,
         all by default.
       implementation: Of `sparsek_attention`, for C > 1.
+      return_dropped: Also return the keys that are dropped.
 
     Returns:
       The new cache and the attention output, shape and dtype of query. It is zero for tokens that
       were not appended, and NaN, for the head concerned, once a NaN or infinite score is in the
-      pool.
+      pool. With `return_dropped` also the `Dropped`.
 
     Raises:
       TypeError: An array has the wrong dtype.
@@ -253,11 +272,14 @@ def extend_cache(
     size = query.shape[1]
     num_tokens = checked_num_tokens(num_tokens, *query.shape[:2])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    arrays = (cache, query, key, value, scores, num_tokens)
     if size == 1:
-        return _extend_by_one(cache, query, key, value, scores, num_tokens, scale=scale)
-    return _extend_by_many(
-        cache, query, key, value, scores, num_tokens, scale=scale, implementation=implementation
-    )
+        *extended, dropped = _extend_by_one(*arrays, scale=scale, return_dropped=return_dropped)
+    else:
+        *extended, dropped = _extend_by_many(
+            *arrays, scale=scale, implementation=implementation, return_dropped=return_dropped
+        )
+    return (*extended, dropped) if return_dropped else tuple(extended)
 
 
 def checked_num_tokens(num_tokens: Any, batch: int, size: int) -> Int32[Array, " B"]:
@@ -291,8 +313,8 @@ def _check_fits(cache, key, scores) -> None:
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
-@functools.partial(jax.jit, static_argnames=("scale",))
-def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
+@functools.partial(jax.jit, static_argnames=("scale", "return_dropped"))
+def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale, return_dropped):
     k, w = cache.num_selected, cache.sliding_window
     num_rows = k + w
     active = num_tokens > 0
@@ -313,6 +335,18 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
     worst = jnp.argmax(jnp.where(rank == lowest[..., None], selected_position, -2), axis=-1)
     enters = (active & (cache.length >= w))[:, None]
     accepted = enters & (_rank(entering_score) > lowest)
+
+    dropped = None
+    if return_dropped:
+        losers = (
+            _where(_for_heads(x, accepted), _rows(x, _for_heads(x, worst)), y)[:, :, None]
+            for x, y in zip(tables, entering, strict=True)
+        )
+        lost_key, lost_value, _, lost_position = losers
+        # A row that is taken may have been empty.
+        dropped = _dropped(lost_key, lost_value, enters[..., None] & (lost_position >= 0))
+        # Read before the rows are overwritten, for which else the whole cache would be copied.
+        dropped, tables = jax.lax.optimization_barrier((dropped, tables))
 
     # What is sent past the last row is dropped.
     target = jnp.where(accepted, worst, num_rows)[..., None]
@@ -348,7 +382,7 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
     gate = jnp.where(jnp.isnan(score[..., :k]), jnp.nan, gate)
     gate = jnp.concatenate([gate, jnp.ones_like(score[..., k:])], axis=-1)
     out = _attend(query[:, 0], cache, gate, scale)[:, None]
-    return cache, _where(active, out, jnp.zeros_like(out))
+    return cache, _where(active, out, jnp.zeros_like(out)), dropped
 
 
 def _attend(query, cache, gate, scale):
@@ -363,8 +397,10 @@ def _attend(query, cache, gate, scale):
     return out.reshape(query.shape).astype(query.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
-def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, implementation):
+@functools.partial(jax.jit, static_argnames=("scale", "implementation", "return_dropped"))
+def _extend_by_many(
+    cache, query, key, value, scores, num_tokens, *, scale, implementation, return_dropped
+):
     k, w = cache.num_selected, cache.sliding_window
     sequence = _with_past(cache, key, value, scores, num_tokens)
     past_size = sequence.score.shape[2] - query.shape[1]
@@ -382,64 +418,14 @@ def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, impl
     out = _where(appended, out, jnp.zeros_like(out))
     extended = _remembered(cache, sequence, past_size, num_tokens)
     # Rows that append nothing keep every bit.
-    return jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache), out
+    extended = jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache)
+    dropped = None
+    if return_dropped:
+        dropped = _dropped_by_many(cache, sequence, past_size, num_tokens)
+    return extended, out, dropped
 
 
-def dropped_by(
-    cache: SparseKCache,
-    extended: SparseKCache,
-    key: Float[Array, "B C K H"],
-    value: Float[Array, "B C K H"],
-    scores: Float[Array, "B C S"],
-    num_tokens: Int32[Array, " B"],
-) -> tuple[Float[Array, "B C K H"], Float[Array, "B C K H"], Bool[Array, "B C K"]]:
-    """The key that every new query is the first not to attend to any more, and its value.
-
-    A query drops at most one key; what no query has dropped is in the cache.
-
-    Args:
-      cache: Before `extend_cache`, which was given the same tokens.
-      extended: After it.
-      key: Of the next tokens.
-      value: Of the next tokens.
-      scores: Of the next tokens, the same bits.
-      num_tokens: How many of them are appended.
-
-    Returns:
-      Keys, values, and where there are any; they are zero where there is none.
-    """
-    if key.shape[1] == 1:
-        *rows, exists = _dropped_by_one(cache, extended, key, value, num_tokens)
-    else:
-        *rows, exists = _dropped_by_many(cache, key, value, scores, num_tokens)
-    exists = jnp.broadcast_to(exists, rows[0].shape[:3])
-    rows = [jnp.where(exists[..., None], x, jnp.zeros_like(x)) for x in rows]
-    return tuple(jnp.swapaxes(x, 1, 2) for x in (*rows, exists))
-
-
-def _dropped_by_one(cache, extended, key, value, num_tokens):
-    k, w = cache.num_selected, cache.sliding_window
-    # What enters the pool, without a window the new token, takes the row of the key that is
-    # dropped, or is dropped itself.
-    replaced = cache.position[..., :k] != extended.position[..., :k]
-    entering = k + (cache.length % w if w else jnp.zeros_like(cache.length))
-    accepted, target = jnp.any(replaced, axis=-1), jnp.argmax(replaced, axis=-1)
-    row = jnp.where(accepted, target, entering[:, None])[..., None]
-    is_new = row == k + w
-    enters = (num_tokens > 0) & (cache.length >= w)
-    # The row may have been empty.
-    exists = enters[:, None, None] & (is_new | (_rows_or_zero(cache.position, row) >= 0))
-
-    def dropped(remembered, new):
-        rows = _rows_or_zero(remembered, _for_heads(remembered, row))
-        return jnp.where(is_new[..., None], jnp.swapaxes(new, 1, 2), rows)
-
-    return dropped(cache.key, key), dropped(cache.value, value), exists
-
-
-def _dropped_by_many(cache, key, value, scores, num_tokens):
-    sequence = _with_past(cache, key, value, scores, num_tokens)
-    past_size = sequence.score.shape[2] - key.shape[1]
+def _dropped_by_many(cache, sequence, past_size, num_tokens):
     segment_ids = sequence.exists.astype(jnp.int32)
     selection = causal_selection(
         jnp.swapaxes(sequence.score, 1, 2),
@@ -449,11 +435,18 @@ def _dropped_by_many(cache, key, value, scores, num_tokens):
     )
     _, end = document_bounds(segment_ids, *segment_ids.shape)
     row = dropped_keys(selection.lifetimes.until, end)[:, past_size:]
-    appended = np.arange(key.shape[1]) < num_tokens[:, None]
+    appended = np.arange(row.shape[1]) < num_tokens[:, None]
     exists = appended[..., None] & (row < segment_ids.shape[1])
     row = jnp.swapaxes(row, 1, 2)
     rows = (_rows_or_zero(x, _for_heads(x, row)) for x in (sequence.key, sequence.value))
-    return *rows, jnp.swapaxes(exists, 1, 2)
+    return _dropped(*rows, jnp.swapaxes(exists, 1, 2))
+
+
+def _dropped(key, value, exists):
+    """Makes a `Dropped` of arrays with the heads before the tokens."""
+    exists = _for_heads(key, exists)
+    key, value = (jnp.where(exists[..., None], x, jnp.zeros_like(x)) for x in (key, value))
+    return Dropped(*(jnp.swapaxes(x, 1, 2) for x in (key, value, exists)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ from sparsek_jax.nn.cache import ScoredLinearCache
 from sparsek_jax.nn.causal import join_chunks, split_chunks
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
-from sparsek_jax.ops.cache import dropped_by
 from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import causal_selection, document_bounds
@@ -81,10 +80,9 @@ class SparseKLinearAttention(SparseKAttention):
     def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
         """Returns the extended cache and attention output `[B, C, N, H]`."""
         norm, scores = self.score_next(x, key, cache.norm, positions, num_tokens, layer)
-        scores = computed_once(scores)
-        arrays = (key, value, scores, num_tokens)
-        sparsek, out = self.attend_next(cache.sparsek, query, *arrays)
-        dropped = dropped_by(cache.sparsek, sparsek, *arrays)
+        sparsek, out, dropped = self.attend_next(
+            cache.sparsek, query, key, value, scores, num_tokens, return_dropped=True
+        )
         # The document began before.
         start = jnp.full(x.shape[:2], -1, jnp.int32)
         linear, state = linear_attention(query, *dropped, start=start, state=cache.state)
