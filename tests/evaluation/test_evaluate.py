@@ -96,7 +96,8 @@ def test_a_run_of_sparsek_beside_linear_attention(tmp_path, run):
     with pytest.raises(ConfigError, match=r"attention\.gates\.kernel of .* has no place"):
         evaluate(config, tmp_path, overrides=["attention.kind"])
     loaded = load_run(tmp_path)
-    (text,) = Engine(loaded.model, loaded.tokenizer).generate(["abc"], max_tokens=20)
+    engine = Engine(loaded.model, loaded.tokenizer, chunk_sizes=(8, 8), block_size=8)
+    (text,) = engine.generate(["abc"], max_tokens=20)
     assert text.num_tokens > 0
 
 
