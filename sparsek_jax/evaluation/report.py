@@ -25,6 +25,7 @@ from sparsek_jax.evaluation.evaluate import Evaluation
 from sparsek_jax.evaluation.gates import MEANINGS, LayerGates
 from sparsek_jax.evaluation.perplexity import Bucket
 from sparsek_jax.nn import AttentionConfig
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.training.workdir import write_json
 
 
@@ -224,7 +225,7 @@ def describe_attention(attention: AttentionConfig) -> str:
     kinds = attention.pattern or (attention.kind,)
     parts = ["+".join(kinds)]
     parts += [f"{name}={size}" for name, size in attention_sizes(attention).items()]
-    if "sparsek" in kinds and attention.gating != "soft":
+    if any(map(has_scorer, kinds)) and attention.gating != "soft":
         parts.append(attention.gating)
     return " ".join(parts)
 

@@ -9,6 +9,7 @@ from sparsek_jax.nn.alternatives import (
     NativeSparseAttention,
     RandomAttention,
     SinkAttention,
+    SparseKLinearAttention,
     StridedAttention,
     WindowAttention,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ScoringNetwork",
     "SinkAttention",
     "SparseKAttention",
+    "SparseKLinearAttention",
     "StridedAttention",
     "WindowAttention",
 ]

@@ -15,7 +15,7 @@ from sparsek_jax.nn.rotary import (
 )
 from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
-from sparsek_jax.ops import extend_cache, init_cache, sparsek_attention
+from sparsek_jax.ops import SparseKCache, extend_cache, init_cache, sparsek_attention
 from sparsek_jax.ops.attention import Gating
 
 
@@ -249,38 +249,60 @@ class SelectiveAttention(Attention):
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
         scores = self.score(x, key, segment_ids, layer)
-
-        def attend(query, key, value, scores, segment_ids):
-            return sparsek_attention(
-                query,
-                key,
-                value,
-                scores,
-                num_selected=self.config.num_selected,
-                sliding_window=self.config.sliding_window,
-                gating=self.gating,
-                segment_ids=segment_ids,
-                implementation=self.config.implementation,
-            )
-
+        attend = self.attend
         if sharding is not None and sharding.num_devices > 1:
             # The compiler cannot split a GPU kernel.
             attend = split_over_rows_and_heads(attend, sharding, scores.shape[2], key.shape[2])
         return attend(query, key, value, scores, segment_ids), scores
 
+    def attend(
+        self,
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        scores: Float32[Array, "B T K"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T N H"]:
+        """Returns attention output `[B, T, N, H]` by scores `[B, T, K or 1]`."""
+        return sparsek_attention(
+            query,
+            key,
+            value,
+            scores,
+            num_selected=self.config.num_selected,
+            sliding_window=self.config.sliding_window,
+            gating=self.gating,
+            segment_ids=segment_ids,
+            implementation=self.config.implementation,
+        )
+
     def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
         """Returns the extended cache and attention output `[B, C, N, H]`."""
         norm, scores = self.score_next(x, key, cache.norm, positions, num_tokens, layer)
-        sparsek, out = extend_cache(
-            cache.sparsek,
+        sparsek, out = self.attend_next(cache.sparsek, query, key, value, scores, num_tokens)
+        return ScoredCache(sparsek, norm), out
+
+    def attend_next(
+        self,
+        cache: SparseKCache,
+        query: Float[Array, "B C N H"],
+        key: Float[Array, "B C K H"],
+        value: Float[Array, "B C K H"],
+        scores: Float32[Array, "B C K"],
+        num_tokens: Int[Array, " B"],
+        **options: bool,
+    ) -> tuple[SparseKCache, Float[Array, "B C N H"]]:
+        """Returns what `extend_cache` does with these options, by scores `[B, C, K or 1]`."""
+        return extend_cache(
+            cache,
             query,
             key,
             value,
             scores,
             num_tokens=num_tokens,
             implementation=self.config.implementation,
+            **options,
         )
-        return ScoredCache(sparsek, norm), out
 
     def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
         """Makes an empty cache of constant size."""

@@ -42,6 +42,21 @@ class ScoredCache:
 
 
 @functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["sparsek", "norm", "state"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class ScoredLinearCache(ScoredCache):
+    """Of SparseK attention beside linear attention to the keys that were dropped.
+
+    Attributes:
+      state: Of every KV head, a matrix of key features and value channels, and of ones, which is
+        the sum over the dropped keys.
+    """
+
+    state: Float32[Array, "B K H H+1"]
+
+
+@functools.partial(
     jax.tree_util.register_dataclass, data_fields=["key", "value", "length"], meta_fields=[]
 )
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +144,8 @@ class DecoderCache:
 
         def reset(layer):
             if isinstance(layer, ScoredCache):
-                return ScoredCache(reset_cache(layer.sparsek, rows), _zeroed(layer.norm, rows))
+                others = _zeroed(dataclasses.replace(layer, sparsek=None), rows)
+                return dataclasses.replace(others, sparsek=reset_cache(layer.sparsek, rows))
             return _zeroed(layer, rows)
 
         return DecoderCache(tuple(reset(layer) for layer in self.layers))

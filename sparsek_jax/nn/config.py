@@ -9,11 +9,16 @@ from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = (
     *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
-    *("bigbird", "moba", "nsa", "gated_linear"),
+    *("bigbird", "moba", "nsa", "gated_linear", "sparsek_linear"),
 )
 # With parameters that other kinds lack, and that are no scorers.
-KINDS_WITH_PARAMETERS = ("nsa", "gated_linear")
+KINDS_WITH_PARAMETERS = ("nsa", "gated_linear", "sparsek_linear")
 ROPE_SCALINGS = ("none", "linear", "llama3")
+
+
+def has_scorer(kind: str) -> bool:
+    """Whether layers of this kind of attention learn what to select, with a scoring network."""
+    return kind in ("sparsek", "sparsek_linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

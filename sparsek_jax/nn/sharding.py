@@ -15,7 +15,8 @@ def split_over_rows_and_heads(
 
     Args:
       attend: Attention of `(query, key, value, scores, segment_ids)`, the last of which may be
-        None. Members of the batch and KV heads must not depend on each other.
+        None, with one or several outputs of the shape of query. Members of the batch and KV heads
+        must not depend on each other.
       sharding: Of the residual stream: the mesh, and the axes over which rows are split. Heads are
         split over all other axes, if their sizes divide the number of KV heads.
       num_scores: Score heads: the KV heads, or 1.

@@ -11,7 +11,7 @@ tokens are appended by attention over a short sequence, what is remembered in fr
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ from sparsek_jax.ops.attention import (
     check_gating,
     sparsek_attention,
 )
+from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.ring import ages, rows_in_order
+from sparsek_jax.ops.selection import causal_selection, document_bounds
 from sparsek_jax.ops.tracing import computed_once
 
 # The search for tau narrows its bracket, of width one, by the factor `_SECTIONS` in every round:
@@ -90,6 +92,20 @@ class SparseKCache:
     support: Support | None
     num_selected: int
     sliding_window: int
+
+
+class Dropped(NamedTuple):
+    """The key that every new query is the first not to attend to any more; it drops at most one.
+
+    Attributes:
+      key: Of the dropped token; zero where there is none.
+      value: As `key`.
+      exists: Whether the query drops a key.
+    """
+
+    key: Float[Array, "B C K H"]
+    value: Float[Array, "B C K H"]
+    exists: Bool[Array, "B C K"]
 
 
 # By field, what an empty cache consists of.
@@ -214,7 +230,11 @@ def extend_cache(
     scale: float | None = None,
     num_tokens: Int[Array, " B"] | None = None,
     implementation: Implementation | None = None,
-) -> tuple[SparseKCache, Float[Array, "B C N H"]]:
+    return_dropped: bool = False,
+) -> (
+    tuple[SparseKCache, Float[Array, "B C N H"]]
+    | tuple[SparseKCache, Float[Array, "B C N H"], Dropped]
+):
     """Appends C tokens and attends from each to itself and what came before.
 
     However a sequence is cut into calls, the outputs are those of one `sparsek_attention` over all
@@ -235,11 +255,12 @@ def extend_cache(
       num_tokens: How many of the C tokens each member of the batch appends, the first ones; 0 to C,
         all by default.
       implementation: Of `sparsek_attention`, for C > 1.
+      return_dropped: Also return the keys that are dropped.
 
     Returns:
       The new cache and the attention output, shape and dtype of query. It is zero for tokens that
       were not appended, and NaN, for the head concerned, once a NaN or infinite score is in the
-      pool.
+      pool. With `return_dropped` also the `Dropped`.
 
     Raises:
       TypeError: An array has the wrong dtype.
@@ -251,11 +272,14 @@ def extend_cache(
     size = query.shape[1]
     num_tokens = checked_num_tokens(num_tokens, *query.shape[:2])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    arrays = (cache, query, key, value, scores, num_tokens)
     if size == 1:
-        return _extend_by_one(cache, query, key, value, scores, num_tokens, scale=scale)
-    return _extend_by_many(
-        cache, query, key, value, scores, num_tokens, scale=scale, implementation=implementation
-    )
+        *extended, dropped = _extend_by_one(*arrays, scale=scale, return_dropped=return_dropped)
+    else:
+        *extended, dropped = _extend_by_many(
+            *arrays, scale=scale, implementation=implementation, return_dropped=return_dropped
+        )
+    return (*extended, dropped) if return_dropped else tuple(extended)
 
 
 def checked_num_tokens(num_tokens: Any, batch: int, size: int) -> Int32[Array, " B"]:
@@ -289,8 +313,8 @@ def _check_fits(cache, key, scores) -> None:
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
-@functools.partial(jax.jit, static_argnames=("scale",))
-def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
+@functools.partial(jax.jit, static_argnames=("scale", "return_dropped"))
+def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale, return_dropped):
     k, w = cache.num_selected, cache.sliding_window
     num_rows = k + w
     active = num_tokens > 0
@@ -311,6 +335,18 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
     worst = jnp.argmax(jnp.where(rank == lowest[..., None], selected_position, -2), axis=-1)
     enters = (active & (cache.length >= w))[:, None]
     accepted = enters & (_rank(entering_score) > lowest)
+
+    dropped = None
+    if return_dropped:
+        losers = (
+            _where(_for_heads(x, accepted), _rows(x, _for_heads(x, worst)), y)[:, :, None]
+            for x, y in zip(tables, entering, strict=True)
+        )
+        lost_key, lost_value, _, lost_position = losers
+        # A row that is taken may have been empty.
+        dropped = _dropped(lost_key, lost_value, enters[..., None] & (lost_position >= 0))
+        # Read before the rows are overwritten, for which else the whole cache would be copied.
+        dropped, tables = jax.lax.optimization_barrier((dropped, tables))
 
     # What is sent past the last row is dropped.
     target = jnp.where(accepted, worst, num_rows)[..., None]
@@ -346,7 +382,7 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale):
     gate = jnp.where(jnp.isnan(score[..., :k]), jnp.nan, gate)
     gate = jnp.concatenate([gate, jnp.ones_like(score[..., k:])], axis=-1)
     out = _attend(query[:, 0], cache, gate, scale)[:, None]
-    return cache, _where(active, out, jnp.zeros_like(out))
+    return cache, _where(active, out, jnp.zeros_like(out)), dropped
 
 
 def _attend(query, cache, gate, scale):
@@ -361,26 +397,13 @@ def _attend(query, cache, gate, scale):
     return out.reshape(query.shape).astype(query.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "implementation"))
-def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, implementation):
+@functools.partial(jax.jit, static_argnames=("scale", "implementation", "return_dropped"))
+def _extend_by_many(
+    cache, query, key, value, scores, num_tokens, *, scale, implementation, return_dropped
+):
     k, w = cache.num_selected, cache.sliding_window
-    appended = np.arange(query.shape[1]) < num_tokens[:, None]
-    # What is not appended must not spread its NaNs through a product with zero.
-    key, value, scores = (_where(appended, x, jnp.zeros_like(x)) for x in (key, value, scores))
-    past = _past(cache)
-    past_size = past.score.shape[2]
-
-    def joined(remembered, new):
-        return jnp.concatenate([remembered, jnp.swapaxes(new, 1, 2)], axis=2)
-
-    positions = cache.length[:, None] + np.arange(query.shape[1], dtype=np.int32)
-    sequence = _Sequence(
-        joined(past.key, key),
-        joined(past.value, value),
-        joined(past.score, _finite_or_nan(scores)),
-        joined(past.position, jnp.repeat(positions[..., None], scores.shape[2], axis=2)),
-        jnp.concatenate([past.exists, jnp.ones_like(appended)], axis=1),
-    )
+    sequence = _with_past(cache, key, value, scores, num_tokens)
+    past_size = sequence.score.shape[2] - query.shape[1]
     out = sparsek_attention(
         jnp.pad(query, ((0, 0), (past_size, 0), (0, 0), (0, 0))),
         *(jnp.swapaxes(x, 1, 2) for x in (sequence.key, sequence.value, sequence.score)),
@@ -391,10 +414,39 @@ def _extend_by_many(cache, query, key, value, scores, num_tokens, *, scale, impl
         segment_ids=sequence.exists.astype(jnp.int32),
         implementation=implementation,
     )[:, past_size:]
+    appended = np.arange(query.shape[1]) < num_tokens[:, None]
     out = _where(appended, out, jnp.zeros_like(out))
     extended = _remembered(cache, sequence, past_size, num_tokens)
     # Rows that append nothing keep every bit.
-    return jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache), out
+    extended = jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache)
+    dropped = None
+    if return_dropped:
+        dropped = _dropped_by_many(cache, sequence, past_size, num_tokens)
+    return extended, out, dropped
+
+
+def _dropped_by_many(cache, sequence, past_size, num_tokens):
+    segment_ids = sequence.exists.astype(jnp.int32)
+    selection = causal_selection(
+        jnp.swapaxes(sequence.score, 1, 2),
+        num_selected=cache.num_selected,
+        sliding_window=cache.sliding_window,
+        segment_ids=segment_ids,
+    )
+    _, end = document_bounds(segment_ids, *segment_ids.shape)
+    row = dropped_keys(selection.lifetimes.until, end)[:, past_size:]
+    appended = np.arange(row.shape[1]) < num_tokens[:, None]
+    exists = appended[..., None] & (row < segment_ids.shape[1])
+    row = jnp.swapaxes(row, 1, 2)
+    rows = (_rows_or_zero(x, _for_heads(x, row)) for x in (sequence.key, sequence.value))
+    return _dropped(*rows, jnp.swapaxes(exists, 1, 2))
+
+
+def _dropped(key, value, exists):
+    """Makes a `Dropped` of arrays with the heads before the tokens."""
+    exists = _for_heads(key, exists)
+    key, value = (jnp.where(exists[..., None], x, jnp.zeros_like(x)) for x in (key, value))
+    return Dropped(*(jnp.swapaxes(x, 1, 2) for x in (key, value, exists)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,6 +461,26 @@ class _Sequence:
     score: Float32[Array, "B S L"]
     position: Int32[Array, "B S L"]
     exists: Bool[Array, "B L"]
+
+
+def _with_past(cache, key, value, scores, num_tokens) -> _Sequence:
+    """What is remembered, and then the next tokens, of which `num_tokens` are appended."""
+    appended = np.arange(key.shape[1]) < num_tokens[:, None]
+    # What is not appended must not spread its NaNs through a product with zero.
+    key, value, scores = (_where(appended, x, jnp.zeros_like(x)) for x in (key, value, scores))
+    past = _past(cache)
+
+    def joined(remembered, new):
+        return jnp.concatenate([remembered, jnp.swapaxes(new, 1, 2)], axis=2)
+
+    positions = cache.length[:, None] + np.arange(key.shape[1], dtype=np.int32)
+    return _Sequence(
+        joined(past.key, key),
+        joined(past.value, value),
+        joined(past.score, _finite_or_nan(scores)),
+        joined(past.position, jnp.repeat(positions[..., None], scores.shape[2], axis=2)),
+        jnp.concatenate([past.exists, jnp.ones_like(appended)], axis=1),
+    )
 
 
 def _past(cache: SparseKCache) -> _Sequence:

@@ -66,6 +66,21 @@ def key_lifetimes(
     return Lifetimes(until, first - start)
 
 
+def dropped_keys(until: Int32[Array, "B T K"], end: Int32[Array, "B T"]) -> Int32[Array, "B T K"]:
+    """The key that every query is the first not to attend to any more; T if there is none.
+
+    A query adds at most one key to the pool, so it drops at most one.
+
+    Args:
+      until: As in `Lifetimes`, of every KV head.
+      end: Position after the last one of every position's document.
+    """
+    batch, length, num_heads = until.shape
+    index = (np.arange(batch)[:, None, None], until, np.arange(num_heads))
+    position = jnp.arange(length, dtype=jnp.int32)[:, None]
+    return scatter(jnp.full_like(until, length), index, position, where=until < end[..., None])
+
+
 def chunk_lists(
     lifetimes: Lifetimes, *, num_selected: int, window: int, chunk_size: int
 ) -> Int32[Array, "R chunks k"]:

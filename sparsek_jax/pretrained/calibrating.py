@@ -13,6 +13,7 @@ from jaxtyping import Int
 
 from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.nn.scorer import SLOPE_UNIT
 from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
@@ -129,7 +130,7 @@ def calibrate_model(
 
 def _check_attention(workdir: str | os.PathLike, config: nn.DecoderConfig, length: int) -> None:
     attention = config.attention
-    if not any(attention.layer_kind(i) == "sparsek" for i in range(config.num_layers)):
+    if not any(has_scorer(attention.layer_kind(i)) for i in range(config.num_layers)):
         raise ConfigError(
             f"workdir={str(workdir)!r} has no layer of kind sparsek, and so no scorers; expected "
             "some (convert.py import --kind=sparsek, or --pattern)"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sparsek_jax import nn
-from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS
+from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS, has_scorer
 from sparsek_jax.pretrained.families import is_neox
 from sparsek_jax.pretrained.source import ConversionError
 
@@ -152,7 +152,7 @@ def _norm(config, name, param):
 
 def _scorer(config, layer, name):
     attention = config.attention
-    if attention.layer_kind(layer) != "sparsek":
+    if not has_scorer(attention.layer_kind(layer)):
         return
     num_scores = 1 if attention.shared_scores else attention.num_kv_heads
     param = f"layers.{layer}.attention.scorer"

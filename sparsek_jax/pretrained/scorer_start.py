@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Float32, Float64, Int
 
 from sparsek_jax import nn
 from sparsek_jax.nn.attention import Attention
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.nn.decoder import Block
 from sparsek_jax.nn.rotary import apply_rotary, rotary_frequencies
 from sparsek_jax.nn.scorer import keep_sinks
@@ -172,8 +173,9 @@ def scorer_starts(
 
     Args:
       params: Of the decoder with every layer by itself (`unstack_layers`); scorers are not used.
-      config: Of the decoder. SparseK layers attend densely here, other ones as they are. k, w and
-        the sinks are those that slopes are chosen for; without `learned_slope` slopes are 0.
+      config: Of the decoder. SparseK layers attend densely here, so that they drop nothing, and
+        other ones as they are. k, w and the sinks are those that slopes are chosen for; without
+        `learned_slope` slopes are 0.
       tokens: Rows of text, each a document, longer than the window.
       methods: Some of METHODS; the module says what they are.
       scale: Standard deviation of the scores over the text.
@@ -188,12 +190,12 @@ def scorer_starts(
         hidden = [jnp.take(table, row[None], axis=0) for row in jnp.asarray(tokens)]
         for layer in range(config.num_layers):
             kind = config.attention.layer_kind(layer)
-            used = "dense" if kind == "sparsek" else kind
+            used = "dense" if has_scorer(kind) else kind
             if used not in programs:
                 programs[used] = _Programs(config, used, methods)
             program = programs[used]
             weights = program.weights(params, layer)
-            if kind == "sparsek":
+            if has_scorer(kind):
                 yield layer, program.starts(weights, hidden, scale)
             hidden = [program.apply(weights, x, layer) for x in hidden]
 

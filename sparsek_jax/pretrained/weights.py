@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from sparsek_jax import nn
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.pretrained.layout import Tensor, layout
 from sparsek_jax.pretrained.source import ConversionError, Source, StoredTensor, reading
 from sparsek_jax.training.parameters import Params
@@ -149,7 +150,7 @@ def _new_scorers(config: nn.DecoderConfig, seed: int) -> Params:
     attention, rngs = config.attention, nnx.Rngs(seed)
     params = {}
     for i in range(config.num_layers):
-        if attention.layer_kind(i) != "sparsek":
+        if not has_scorer(attention.layer_kind(i)):
             continue
         scorer = nn.ScoringNetwork(
             config.d_model,

@@ -42,7 +42,8 @@ def default_config() -> ml_collections.ConfigDict:
     # "dense", "window", or selection by other than learned scores: "sinks" (the first keys),
     # "random", "key_norm" (keys of low norm), "strided" (keys at equal distances);
     # or of blocks: "bigbird" (the first and random ones), "moba" (by mean keys),
-    # "nsa" (by compressed keys); or the window and "gated_linear" attention
+    # "nsa" (by compressed keys); or the window and "gated_linear" attention; or SparseK and
+    # "sparsek_linear" attention to the keys that it dropped
     config.attention.kind = "sparsek"
     # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
     # --config.attention.pattern="('window','sparsek')"
@@ -53,7 +54,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.num_selected = 128
     config.attention.sliding_window = 128
     config.attention.block_size = 64  # of "bigbird", "moba" and "nsa"
-    config.attention.gating = "soft"  # or "straight_through"; of "sparsek" only
+    config.attention.gating = "soft"  # or "straight_through"; of learned scores only
     config.attention.implementation = ""  # "": the best; "reference", "xla", "mosaic_gpu"
     config.attention.qk_norm = False
     config.attention.qkv_bias = False

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sparsek_jax.nn import DecoderConfig
+from sparsek_jax.nn.config import has_scorer
 
 # Dense bfloat16 peak in FLOP/s by a part of `jax.Device.device_kind`; vendors' data sheets.
 _PEAK = {
@@ -37,7 +38,8 @@ def attended_keys(
     """Query-key pairs of one head, for queries at these positions of their documents.
 
     Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
-    Of "nsa", those of all three branches; of "gated_linear", those of the window.
+    Of "nsa", those of all three branches; of "gated_linear", those of the window; of
+    "sparsek_linear", those of SparseK.
     """
     positions = positions.astype(np.int64)
     visible = positions + 1
@@ -81,7 +83,7 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
     for layer in range(config.num_layers):
         kind = attention.layer_kind(layer)
         projections = config.d_model * 2 * (query_dim + kv_dim)
-        if kind == "sparsek":
+        if has_scorer(kind):
             projections += config.d_model * num_scores
         pairs = attended_keys(
             kind,
@@ -93,11 +95,14 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
         if kind == "moba":
             # Products of queries with the mean keys of past blocks; there are no values.
             pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
-        if kind == "gated_linear":
-            # Forget and output gates; each token changes the states, and its queries read them.
-            rank = max(config.d_model // 64, 1)
-            projections += config.d_model * (rank + attention.num_heads) + rank * kv_dim
+        if kind in ("gated_linear", "sparsek_linear"):
+            # Output gates; each token changes the states, and its queries read them.
+            projections += config.d_model * attention.num_heads
             projections += (kv_dim + query_dim) * attention.head_dim
+        if kind == "gated_linear":
+            # Forget gates.
+            rank = max(config.d_model // 64, 1)
+            projections += config.d_model * rank + rank * kv_dim
         if kind == "nsa":
             # Its gates, and its MLP on keys and on values.
             width = max(attention.head_dim // 8, 1)

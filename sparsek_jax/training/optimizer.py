@@ -5,6 +5,7 @@ import numpy as np
 import optax
 from absl import logging
 
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.training.config import decoder_config
 from sparsek_jax.training.parameters import Params, is_scorer, layers_of
 
@@ -111,8 +112,8 @@ def _own_rates(config):
 
 def _frozen_steps(config):
     attention = config.attention
-    has_scorers = "sparsek" in (tuple(attention.pattern) or (attention.kind,))
-    return config.optimizer.freeze_steps if has_scorers else 0
+    kinds = tuple(attention.pattern) or (attention.kind,)
+    return config.optimizer.freeze_steps if any(map(has_scorer, kinds)) else 0
 
 
 def _scorer_scale(config):

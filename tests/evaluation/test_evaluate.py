@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import math
 
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ import pytest
 from sparsek_jax.data import prepare, validation_batches
 from sparsek_jax.evaluation.evaluate import evaluate
 from sparsek_jax.evaluation.report import to_json
+from sparsek_jax.generation.engine import Engine
+from sparsek_jax.generation.loading import load_run
 from sparsek_jax.training.config import ConfigError
+from sparsek_jax.training.trainer import train
 
 
 def expected(run, model):
@@ -73,6 +78,28 @@ def test_same_weights_with_dense_attention(run):
     blocks = dataclasses.replace(sinks, pattern=("moba", "gated_linear"), **sizes)
     described = to_json(dataclasses.replace(evaluation, attention=blocks))["attention"]
     assert described == "moba+gated_linear k=4 w=8 block=6"
+
+
+def test_a_run_of_sparsek_beside_linear_attention(tmp_path, run):
+    """Its scorers are judged and its text goes on, as those of a SparseK run."""
+    config = run.config.copy_and_resolve_references()
+    config.attention.update(kind="sparsek_linear", gating="straight_through")
+    config.attention.implementation = "reference"  # which compiles faster
+    config.model.scan_layers = True
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(config, tmp_path)
+    evaluation = evaluate(config, tmp_path)
+    assert [layer.layer for layer in evaluation.gates] == [0, 1]
+    assert math.isfinite(evaluation.loss.nats_per_token)
+    described = to_json(evaluation)["attention"]
+    assert described == "sparsek_linear k=4 w=3 straight_through"
+    config.attention.kind = "sparsek"
+    with pytest.raises(ConfigError, match=r"attention\.gates\.kernel of .* has no place"):
+        evaluate(config, tmp_path, overrides=["attention.kind"])
+    loaded = load_run(tmp_path)
+    engine = Engine(loaded.model, loaded.tokenizer, chunk_sizes=(8, 8), block_size=8)
+    (text,) = engine.generate(["abc"], max_tokens=20)
+    assert text.num_tokens > 0
 
 
 def test_fewer_batches_and_another_batch_size(run):

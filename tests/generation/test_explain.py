@@ -73,7 +73,7 @@ def check_head(memory, layer, head):
         ({"sliding_window": 0, "shared_scores": True}, (0,), 1),
         ({"sliding_window": LENGTH - 3}, (0,), 2),
         (HYBRID, (1,), 2),
-        ({"num_layers": 2, "scan_layers": True}, (0, 1), 2),
+        ({"num_layers": 2, "scan_layers": True, "kind": "sparsek_linear"}, (0, 1), 2),
     ],
 )
 def test_equals_selections_made_query_by_query(settings, layers, heads):

@@ -19,7 +19,7 @@ from sparsek_jax.nn import (
     StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
-from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS
+from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS, has_scorer
 from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
 
@@ -146,8 +146,9 @@ def test_all_kinds_have_the_parameters_of_dense_attention_and_hardly_more():
         own = parameters(layer, config, 256)
         assert dense.items() <= own.items()
         more = own.keys() - dense.keys()
-        assert any(path[0] == "scorer" for path in more) == (kind == "sparsek")
-        assert bool(more) == (kind in ("sparsek", *KINDS_WITH_PARAMETERS))
+        assert any(path[0] == "scorer" for path in more) == has_scorer(kind)
+        others = any(path[0] != "scorer" for path in more)
+        assert others == (kind in KINDS_WITH_PARAMETERS)
         assert sum(own.values()) + mlp < 1.01 * (sum(dense.values()) + mlp)
 
 

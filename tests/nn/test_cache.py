@@ -35,6 +35,13 @@ VARIANTS = {
     "xla": {"implementation": "xla"},
     "unlearned": {"pattern": ("sinks", "random", "key_norm", "strided"), "num_sinks": 2},
     "gated linear": {"kind": "gated_linear"},
+    "sparsek linear": {"kind": "sparsek_linear", "num_sinks": 2, "learned_slope": True},
+    "sparsek linear without window": {
+        "kind": "sparsek_linear",
+        "sliding_window": 0,
+        "shared_scores": True,
+        "gating": "straight_through",
+    },
     "blocks": {"pattern": ("bigbird", "moba", "nsa"), "sliding_window": 6, "block_size": 3},
 }
 
@@ -152,6 +159,7 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
         ("unlearned", 8),
         ("blocks", 6),
         ("gated linear", 2),
+        ("sparsek linear", 2),
     ],
 )
 def test_rows_of_different_lengths_and_reset(variant, num_layers):

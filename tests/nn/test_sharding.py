@@ -15,7 +15,7 @@ from sparsek_jax.nn.alternatives import LAYERS
 
 CONFIG = AttentionConfig(
     num_heads=4, num_kv_heads=2, head_dim=16, num_selected=9, sliding_window=5,
-    timestep_norm=False, pattern=("sparsek",),
+    timestep_norm=False, pattern=("sparsek_linear",),
 )
 x = jax.random.normal(jax.random.key(0), (4, 70, 32))
 ids = jnp.asarray(np.arange(70) // 40 * np.ones((4, 1)), jnp.int32)

@@ -171,6 +171,33 @@ def test_tied_and_near_constant_scores(case, gating):
     assert error(mixed_out[1:], expected[1:]) <= 1e-6
 
 
+def test_a_dropped_key_is_told_once_when_it_is_dropped():
+    """Also among ties, and a new token that is rejected at once: as the selections change."""
+    case = Case(2, 1, 4, 57, 8, 0, shared=True)
+    query, key, value, scores, _, _ = make_inputs(case)
+    positions = jnp.arange(1, case.length + 1, dtype=key.dtype)[:, None, None]
+    key = jnp.broadcast_to(positions, key.shape)
+    expected = np.zeros(key.shape[:3], int)
+    for b, h in np.ndindex(key.shape[0], key.shape[2]):
+        row = np.asarray(scores[b, :, h % scores.shape[2]], np.float64)
+        for t in range(1, case.length):
+            before, after = (
+                oracle.selected(row, oracle.pool(i, 0, case.window), case.k) for i in (t - 1, t)
+            )
+            # Without a window, the newest may be rejected at once.
+            before = {*before, max(t - case.window, 0)} if t >= case.window else set()
+            expected[b, t, h] = 1 + max(before - {*after}, default=-1)
+    extend = jax.jit(functools.partial(extend_cache, return_dropped=True))
+    cache, start, found = make_cache(case), 0, []
+    for size in (20, 20, *[1] * (case.length - 40)):
+        tokens = (x[:, start : start + size] for x in (query, key, value, scores))
+        cache, _, dropped = extend(cache, *tokens)
+        np.testing.assert_array_equal(dropped.exists, dropped.key[..., 0] > 0)
+        found.append(dropped.key[..., 0])
+        start += size
+    np.testing.assert_array_equal(jnp.concatenate(found, axis=1), expected)
+
+
 def test_support_without_room_is_counted_and_bounds_the_gates():
     case = CASE
     query, key, value, _, _, _ = make_inputs(case)

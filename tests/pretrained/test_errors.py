@@ -119,11 +119,12 @@ def test_a_model_of_a_window_is_not_widened(options, match, tmp_path):
     fails(tmp_path, models.source(tmp_path, "mistral"), match, **options)
 
 
-def test_attention_with_other_parameters_is_refused(tmp_path):
-    match = r"kind 'nsa' has parameters .*; expected one of .'sparsek', 'dense', "
-    fails(tmp_path, models.source(tmp_path, "qwen3"), match, kind="nsa")
-    fails(tmp_path, tmp_path / "qwen3", match, pattern=("dense", "nsa"))
-    attention = AttentionConfig(kind="nsa", num_heads=4, num_kv_heads=2, head_dim=4)
+@pytest.mark.parametrize("kind", ["nsa", "sparsek_linear"])
+def test_attention_with_other_parameters_is_refused(kind, tmp_path):
+    match = rf"kind '{kind}' has parameters .*; expected one of .'sparsek', 'dense', "
+    fails(tmp_path, models.source(tmp_path, "qwen3"), match, kind=kind)
+    fails(tmp_path, tmp_path / "qwen3", match, pattern=("dense", kind))
+    attention = AttentionConfig(kind=kind, num_heads=4, num_kv_heads=2, head_dim=4)
     config = DecoderConfig(vocab_size=48, num_layers=2, d_model=16, mlp_dim=32, attention=attention)
     with pytest.raises(ConfigError, match=match):
         layout(config)

@@ -153,7 +153,8 @@ def test_scores_have_the_scale_asked_for_and_follow_the_target():
 
 
 def test_shared_scores_and_other_kinds_of_layers():
-    attention = dataclasses.replace(ATTENTION, pattern=("window", "sparsek"), shared_scores=True)
+    kinds = ("window", "sparsek_linear")
+    attention = dataclasses.replace(ATTENTION, pattern=kinds, shared_scores=True)
     config = dataclasses.replace(CONFIG, attention=attention)
     _, params = split(nn.Decoder(config, rngs=nnx.Rngs(0)))
     tokens = np.random.default_rng(0).integers(0, 48, (2, 40))

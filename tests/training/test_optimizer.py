@@ -69,6 +69,7 @@ def test_defaults_are_plain_adamw():
 
 def test_only_scorers_move_at_first_and_the_rest_begins_as_a_run_of_its_own():
     config = make_config(freeze_steps=2, weight_decay=0.5)
+    config.attention.pattern = ("sparsek_linear",)
     params = make_params(config)
     gradients = some_gradients(params)
     found = updates_of(config, gradients, params, 5)

@@ -208,6 +208,8 @@ def test_flops_of_a_row_by_hand():
     for kind, pairs, more in (
         # Rank and heads of the gates, the rank's outputs, and state times keys and queries.
         ("gated_linear", 2 + 2 + 2 + 2 + 1, 5 * (8 * (1 + 2) + 1 * 4 + 4 * 4 + 8 * 4)),
+        # Scorer and gates, and state times keys and queries.
+        ("sparsek_linear", 1 + 2 + 3 + 4 + 5, 5 * (8 * (1 + 2) + 4 * 4 + 8 * 4)),
         # Gates, and MLPs of width 1 on keys and on values.
         ("nsa", 9 + (1 + 2 + 3 + 4 + 3) + (1 + 1 + 2 + 2), 5 * (8 * 3 * 2 + 2 * 2 * 4)),
         # Half of a pair for a query and a mean key.

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int32
 
 from sparsek_jax.nn import Decoder, DecoderConfig
+from sparsek_jax.nn.config import has_scorer
 from sparsek_jax.ops import causal_selection
 
 # Of the ages of what the slots hold.
@@ -81,7 +82,7 @@ def check_explainable(config: DecoderConfig) -> None:
       ValueError: It has no SparseK layer.
     """
     kinds = [config.attention.layer_kind(layer) for layer in range(config.num_layers)]
-    if "sparsek" not in kinds:
+    if not any(map(has_scorer, kinds)):
         raise ValueError(
             f"the model has no SparseK layer, only {' and '.join(sorted(set(kinds)))} attention; "
             "expected one that selects what it remembers"

@@ -16,6 +16,7 @@ from sparsek_jax.nn.alternatives.selection import (
     StridedAttention,
     UnlearnedSelection,
 )
+from sparsek_jax.nn.alternatives.sparsek_linear import SparseKLinearAttention
 from sparsek_jax.nn.attention import SparseKAttention
 
 LAYERS = {
@@ -30,6 +31,7 @@ LAYERS = {
     "moba": MobaAttention,
     "nsa": NativeSparseAttention,
     "gated_linear": GatedLinearAttention,
+    "sparsek_linear": SparseKLinearAttention,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "NativeSparseAttention",
     "RandomAttention",
     "SinkAttention",
+    "SparseKLinearAttention",
     "StridedAttention",
     "UnlearnedSelection",
     "WindowAttention",
