@@ -24,4 +24,5 @@ def register() -> None:
         )
     from lm_eval.api.registry import model_registry
 
-    model_registry.register(MODEL_NAME, target=f"{__name__}.model:SparseKLM")
+    if MODEL_NAME not in model_registry:
+        model_registry.register(MODEL_NAME, target=f"{__name__}.model:SparseKLM")

@@ -55,7 +55,8 @@ class SparseKLM(TemplateLM):
           seed: Decides what is drawn where a task asks for sampling.
           batch_size: Texts in a batch (the harness's `--batch_size`).
           max_batch_size: Of the harness, ignored: sizes are not searched for.
-          device: Of the harness; must be None, as JAX chooses.
+          device: Of the harness, whose default names a GPU; ignored. JAX uses what it finds, or
+            what the environment variable JAX_PLATFORMS names.
           **attention: As of `load_for_harness`: kind, num_selected, sliding_window and so on.
 
         Raises:
@@ -64,12 +65,7 @@ class SparseKLM(TemplateLM):
           CheckpointError: Checkpoints exist but none is intact.
         """
         super().__init__()
-        del max_batch_size
-        if device is not None:
-            raise ConfigError(
-                f"device={device!r}; expected none: JAX uses what it finds, or what the "
-                "environment variable JAX_PLATFORMS names"
-            )
+        del max_batch_size, device
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r}; expected an integer of at least 1")
         if max_length is not None and max_length < 1:
