@@ -19,8 +19,8 @@ def register() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
-            "the package lm_eval is not installed; expected the lm-evaluation-harness: "
-            "pip install 'lm_eval>=0.4.13,<0.5', or sparsek_jax with the extra lm-eval"
+            "the package lm_eval is not installed; expected the lm-evaluation-harness, for which "
+            "sparsek_jax has an extra: pip install -e '.[lm-eval]' in its checkout"
         )
     from lm_eval.api.registry import model_registry
 
