@@ -45,8 +45,13 @@ class Continuation:
                 raise ValueError(f"{name} is empty; expected at least one token")
 
     @property
+    def inputs(self) -> list[int]:
+        """What the model reads: all but the last token."""
+        return [*self.context, *self.tokens[:-1]]
+
+    @property
     def num_inputs(self) -> int:
-        """Tokens that the model reads: all but the last."""
+        """Tokens that the model reads."""
         return len(self.context) + len(self.tokens) - 1
 
     def truncated(self, max_length: int) -> Continuation:
@@ -80,7 +85,7 @@ class Likelihood:
 
 
 class ContinuationScorer:
-    """A model that scores continuations; holds what was compiled, one program for each width."""
+    """A model that scores continuations; holds what was compiled."""
 
     def __init__(self, model: Decoder, *, batch_size: int, logits_chunk: int = 1024):
         """Compiles nothing yet.
@@ -108,71 +113,95 @@ class ContinuationScorer:
     def score(self, continuations: Sequence[Continuation]) -> Iterator[tuple[int, Likelihood]]:
         """Scores continuations in batches of similar lengths.
 
+        Texts that differ in their last token only, as the letters of a choice, are read once.
+
         Yields:
           The index of every continuation and its likelihood, those of long texts first.
 
         Raises:
           NonFiniteLogitsError: Logits are not finite.
         """
-        lengths = [continuation.num_inputs for continuation in continuations]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for i, continuation in enumerate(continuations):
+            begin = len(continuation.context)
+            groups.setdefault((begin, *continuation.inputs), []).append(i)
+        members = list(groups.values())
+        lengths = [continuations[group[0]].num_inputs for group in members]
+        # At least 8 are nearly always enough for all calls, and cost nothing beside the rest.
+        columns = 1 << max(3, (max(map(len, members), default=1) - 1).bit_length())
         for batch in batches(lengths, self._batch_size):
-            arrays = self._arrays([continuations[i] for i in batch])
-            nats, right = jax.device_get(
+            arrays = self._arrays([[continuations[i] for i in members[j]] for j in batch], columns)
+            nats, right, last_nats, last_right = jax.device_get(
                 self._measure(self._params, *jax.device_put(arrays, self._rows))
             )
-            nats = nats.sum(axis=1, dtype=np.float64)
-            for i, row_nats, row_right in zip(batch, nats, right, strict=False):
-                if not np.isfinite(row_nats):
-                    raise NonFiniteLogitsError(
-                        "the logits of a continuation are NaN or infinite; expected finite ones, "
-                        f"so the model's weights are damaged or its dtype, {self._dtype}, overflows"
-                    )
-                yield i, Likelihood(float(row_nats), bool(row_right.all()))
+            nats = nats.sum(axis=1, dtype=np.float64)[:, None] + last_nats
+            right = right.all(axis=1)[:, None] & last_right
+            for row, j in enumerate(batch):
+                for column, i in enumerate(members[j]):
+                    if not np.isfinite(nats[row, column]):
+                        raise NonFiniteLogitsError(
+                            "the logits of a continuation are NaN or infinite; expected finite "
+                            "ones, so the model's weights are damaged or its dtype, "
+                            f"{self._dtype}, overflows"
+                        )
+                    yield i, Likelihood(float(nats[row, column]), bool(right[row, column]))
 
-    def _arrays(self, batch: Sequence[Continuation]) -> tuple[np.ndarray, ...]:
-        """Tokens `[B, T + 1]`; where what is scored begins, and how much that is, `[B]`."""
-        width = padded_width(max(continuation.num_inputs for continuation in batch))
+    def _arrays(
+        self, batch: Sequence[Sequence[Continuation]], columns: int
+    ) -> tuple[np.ndarray, ...]:
+        """What is read `[B, T]`, where scores begin and texts end `[B]`, last tokens `[B, N]`."""
+        width = padded_width(max(group[0].num_inputs for group in batch))
         # Padding is behind, out of sight of what comes before; the rows that lack are padding, too.
-        tokens = np.zeros((self._batch_size, width + 1), np.int32)
-        begins = np.ones(self._batch_size, np.int32)
-        counts = np.zeros(self._batch_size, np.int32)
-        for row, continuation in enumerate(batch):
-            begin, count = len(continuation.context), len(continuation.tokens)
-            tokens[row, :begin] = continuation.context
-            tokens[row, begin : begin + count] = continuation.tokens
-            begins[row], counts[row] = begin, count
-        return tokens, begins, counts
+        tokens = np.zeros((self._batch_size, width), np.int32)
+        begins, ends = np.ones((2, self._batch_size), np.int32)
+        lasts = np.zeros((self._batch_size, columns), np.int32)
+        for row, group in enumerate(batch):
+            begins[row], ends[row] = len(group[0].context), group[0].num_inputs
+            tokens[row, : ends[row]] = group[0].inputs
+            lasts[row, : len(group)] = [continuation.tokens[-1] for continuation in group]
+        return tokens, begins, ends, lasts
 
 
 def _measure(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    tokens: Int32[Array, "B T+1"],
+    tokens: Int32[Array, "B T"],
     begins: Int32[Array, " B"],
-    counts: Int32[Array, " B"],
+    ends: Int32[Array, " B"],
+    lasts: Int32[Array, "B N"],
     *,
     rows: NamedSharding,
     chunk: int,
-) -> tuple[Float32[Array, "B n"], Bool[Array, "B n"]]:
-    """Nats of every chunk of what is scored, and whether all its tokens are the likeliest."""
+) -> tuple[Float32[Array, "B n"], Bool[Array, "B n"], Float32[Array, "B N"], Bool[Array, "B N"]]:
+    """Nats of every chunk of what is scored, and whether all its tokens are the likeliest.
+
+    Then the same of every last token by itself.
+    """
     model = nnx.merge(graphdef, params)
-    batch, width = tokens.shape[0], tokens.shape[1] - 1
-    hidden = model.hidden(tokens[:, :-1], sharding=rows)
+    batch, width = tokens.shape
+    hidden = model.hidden(tokens, sharding=rows)
     table = model.output_table
+
+    def predict(at, targets):
+        """Nats of targets after the tokens at positions, and whether they are the likeliest."""
+        logits = output_logits(table, jnp.take_along_axis(hidden, at[:, :, None], axis=1))
+        nats = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, axis=2)
+        return nats, jnp.argmax(logits, axis=-1, keepdims=True) == targets
 
     def measure_chunk(i, results):
         nats, right = results
-        offsets = i * chunk + jnp.arange(chunk)
-        at = jnp.minimum(begins[:, None] + offsets, width)
-        real = offsets < counts[:, None]
-        logits = output_logits(table, jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1))
+        at = begins[:, None] + i * chunk + jnp.arange(chunk)
+        real = at < ends[:, None]
+        at = jnp.minimum(at, width - 1)
         targets = jnp.take_along_axis(tokens, at, axis=1)
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, :, None], axis=2)
-        nats = nats.at[:, i].set(jnp.sum(jnp.where(real, log_p[:, :, 0], 0), axis=1))
-        likeliest = jnp.argmax(logits, axis=-1) == targets
+        log_p, likeliest = (x[:, :, 0] for x in predict(at - 1, targets[:, :, None]))
+        nats = nats.at[:, i].set(jnp.sum(jnp.where(real, log_p, 0), axis=1))
         return nats, right.at[:, i].set(jnp.all(likeliest | ~real, axis=1))
 
     most_chunks = -(-width // chunk)
     start = jnp.zeros((batch, most_chunks)), jnp.ones((batch, most_chunks), bool)
     # Most continuations are far shorter than their contexts: then few of the chunks are needed.
-    return jax.lax.fori_loop(0, -(-jnp.max(counts) // chunk), measure_chunk, start)
+    used_chunks = -(-jnp.max(ends - begins) // chunk)
+    chunks = jax.lax.fori_loop(0, used_chunks, measure_chunk, start)
+    last_nats, last_right = predict(ends[:, None] - 1, lasts[:, None])
+    return *chunks, last_nats[:, 0], last_right[:, 0]

@@ -46,7 +46,16 @@ def examples():
     for _ in range(7):
         text.append(int(log_probabilities(text)[-1].argmax()))
     wrong_end = [*text[15:-1], (text[-1] + 1) % 256]
-    return [*drawn, Continuation(text[:15], text[15:]), Continuation(text[:15], wrong_end)]
+    likeliest = int(log_probabilities(drawn[0].context)[-1].argmax())
+    return [
+        *drawn,
+        # One row with the first, and none with it: of these tokens, some are context.
+        Continuation(drawn[0].context, [65]),
+        Continuation(drawn[0].context, [likeliest]),
+        Continuation(drawn[2].context[:-2], [*drawn[2].context[-2:], *drawn[2].tokens]),
+        Continuation(text[:15], text[15:]),
+        Continuation(text[:15], wrong_end),
+    ]
 
 
 @pytest.mark.parametrize(("batch_size", "logits_chunk"), [(4, 1024), (3, 9)])
@@ -61,10 +70,23 @@ def test_batches_score_as_whole_logits_of_each_text(batch_size, logits_chunk):
         assert scored[i].nats == pytest.approx(nats, rel=1e-5)
         assert scored[i].is_greedy == is_greedy
         greedy.append(scored[i].is_greedy)
-    assert greedy[-2:] == [True, False]
+    assert greedy[-4:] == [True, False, True, False]
     assert scorer.num_programs == 2
     list(scorer.score(continuations[:5]))
     assert scorer.num_programs == 2
+
+
+def test_what_differs_in_the_last_token_is_read_once(monkeypatch):
+    scorer = ContinuationScorer(model(), batch_size=1)
+    context = [BOS, *b"A or B: "]
+    calls = []
+    measure = scorer._measure
+    monkeypatch.setattr(scorer, "_measure", lambda *args: calls.append(args) or measure(*args))
+    choices = [Continuation(context, [ord(letter)]) for letter in "ABCDEFGHIA"]
+    scored = dict(scorer.score(choices))
+    assert len(calls) == 1
+    for i, choice in enumerate(choices):
+        assert scored[i].nats == pytest.approx(naive(choice)[0], rel=1e-5)
 
 
 def test_broken_models_are_loud():
