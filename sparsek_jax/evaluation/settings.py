@@ -13,7 +13,7 @@ import ml_collections
 from sparsek_jax.training.config import ConfigError, validate_eval_config
 
 # Attention that the same weights can be run with.
-_FREE_ATTENTION = (
+FREE_ATTENTION = (
     "attention.kind",
     "attention.pattern",
     "attention.num_selected",
@@ -62,7 +62,7 @@ class Settings:
         """
         attention = self.config.attention
         parts = ["+".join(attention.pattern) or attention.kind]
-        fields = (*_FREE_ATTENTION[2:], *(f"data.{name}" for name in _ROWS))
+        fields = (*FREE_ATTENTION[2:], *(f"data.{name}" for name in _ROWS))
         parts += [
             f"{field.split('.')[1]}={self.changes[field][0]}"
             for field in fields
@@ -123,7 +123,7 @@ def evaluation_settings(
         section = field.split(".")[0]
         if section == "eval" or value == old:
             continue
-        if section != "data" and field not in _FREE_ATTENTION:
+        if section != "data" and field not in FREE_ATTENTION:
             conflicts.append(f"{field}={value!r} (the run: {old!r})")
         elif field in overrides:
             changes[field] = (value, old)

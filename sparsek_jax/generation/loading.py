@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import ml_collections
+
 from sparsek_jax.data import Tokenizer
 from sparsek_jax.nn import Decoder
 from sparsek_jax.training.checkpoint import restore_model
@@ -27,24 +29,33 @@ class LoadedRun:
     step: int
 
 
-def load_run(workdir: str | os.PathLike) -> LoadedRun:
+def load_run(
+    workdir: str | os.PathLike,
+    config: ml_collections.ConfigDict | None = None,
+    *,
+    step: int | None = None,
+) -> LoadedRun:
     """Loads a run's model and tokenizer; the text it was trained on is not needed.
-
-    Attention is computed as suits this machine, whichever implementation the run was trained with.
 
     Args:
       workdir: The run's directory.
+      config: What the weights are used with; None: as the run was trained, but attention is
+        computed as suits this machine, whichever implementation that was.
+      step: The checkpoint; None for the newest that is intact.
 
     Raises:
       FileNotFoundError: The directory holds no run or no checkpoint.
       ConfigError: The tokenizer is missing or another, or does not fit the checkpoint.
       CheckpointError: Checkpoints exist but none is intact.
     """
-    config = load_config(workdir)
-    config.attention.implementation = ""
+    if config is None:
+        config = load_config(workdir)
+        config.attention.implementation = ""
     tokenizer = load_run_tokenizer(workdir, config)
     try:
-        model, step = restore_model(workdir, decoder_config(config, tokenizer.vocab_size))
+        model, step = restore_model(
+            workdir, decoder_config(config, tokenizer.vocab_size), step=step
+        )
     except ValueError as error:
         raise ConfigError(
             f"{error}; data.tokenizer={config.data.tokenizer!r} has {tokenizer.vocab_size} ids"

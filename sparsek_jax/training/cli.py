@@ -1,10 +1,11 @@
 """Runs a script's main; a mistake of the user's is one clear line, not a traceback."""
 
+import contextlib
 import difflib
 import functools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags, logging
 
@@ -54,8 +55,15 @@ def run(
             + (hint if "config" in flags.FLAGS else ""),
             status=2,
         )
-    try:
+    with clear_errors():
         main()
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Exits with one line instead of a traceback, and with the status that `run` tells."""
+    try:
+        yield
     except (ConfigError, OSError) as error:
         _fail(error, status=2)
     except (TrainingDivergedError, CheckpointError) as error:

@@ -118,6 +118,23 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
     return config
 
 
+def current_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Reads `load_config` as this version would write it: with defaults for fields that came later.
+
+    Raises:
+      FileNotFoundError: The directory holds no run.
+      ConfigError: The file is damaged.
+    """
+    config = default_config()
+    saved = json.loads(load_config(workdir).to_json())
+    for section in filter(lambda value: isinstance(value, dict), saved.values()):
+        # JSON has no tuples.
+        lists = {name: tuple(x) for name, x in section.items() if isinstance(x, list)}
+        section.update(lists)
+    config.update(saved)
+    return config
+
+
 def corpus_directory(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> Path:
     """Where the prepared text of a run lies, and the tokenizer if it was trained on it."""
     corpus = run_record(workdir).get("corpus", "")
