@@ -16,6 +16,7 @@ from sparsek_jax.nn import (
     KeyNormAttention,
     RandomAttention,
     SinkAttention,
+    SparseKAttention,
     StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
@@ -159,3 +160,14 @@ def test_there_is_neither_a_gate_nor_a_score_to_see(kind):
     assert (out.shape, scores) == ((2, LENGTH, 8), None)
     # What soft gates need is of no use, though the default gating is soft.
     assert layer.init_cache(2, support_size=8).sparsek.support is None
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_where_all_selected_keys_are_sinks_nothing_is_left_to_learn(implementation):
+    x = jax.random.normal(jax.random.key(1), (2, LENGTH, 8))
+    changes = {"implementation": implementation, "num_selected": 2, "num_sinks": 2}
+    sparsek, sinks = (
+        jax.jit(make(kind, **changes))(x, segment_ids=jnp.asarray(IDS))
+        for kind in (SparseKAttention, SinkAttention)
+    )
+    np.testing.assert_array_equal(sparsek, sinks)
