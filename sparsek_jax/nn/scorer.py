@@ -11,8 +11,8 @@ from sparsek_jax.ops.selection import document_bounds
 
 # Positions that a learned slope is per, so that it is about as large as the kernel.
 SLOPE_UNIT = 64
-# Score of a sink where later ones are not known: above all that slopes add in long documents.
-_SINK_SCORE = 1e6
+# Score of a sink where later ones are not known: above all in documents of millions of tokens.
+_SINK_SCORE = 1e9
 
 
 def keep_sinks(
