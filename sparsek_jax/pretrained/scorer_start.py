@@ -315,6 +315,8 @@ class _Programs:
 
         Best is what changes attention least; among equals the slower rate.
         """
+        if len(self.rates) == 1:
+            return kernels, self.rates
         kernels = kernels.reshape(len(kernels), len(self.rates), -1)
         as_array = jnp.asarray(kernels, jnp.float32)
         lost = sum(np.asarray(self.divergence(weights, x, as_array), np.float64) for x in hidden)

@@ -11,7 +11,7 @@ from sparsek_jax.nn.cache import (
     extend_window_cache,
     init_gated_linear_cache,
 )
-from sparsek_jax.nn.causal import join_chunks, split_chunks, window_attention
+from sparsek_jax.nn.causal import scan_chunks, window_attention
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.products import einsum_f32
@@ -130,12 +130,7 @@ def gated_linear_attention(
     length, num_kv_heads, head_dim = key.shape[1:]
     size = min(_BLOCK, length)
     chunk_size = size * min(_BLOCKS, -(-length // size))
-    padding = -length % chunk_size
 
-    def with_zeros(x):
-        return jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0), (0, 0)))
-
-    @jax.checkpoint
     def attend(state, chunk):
         query, key, value, log_decay, start, rows = (
             x.reshape(len(x), -1, size, *x.shape[2:]) for x in chunk
@@ -163,11 +158,8 @@ def gated_linear_attention(
         out = past + einsum_f32("bsckgj,bsjkv->bsckgv", weights, value)
         return after[:, -1], out.reshape(len(out), chunk_size, -1, head_dim)
 
-    rows = jnp.broadcast_to(jnp.arange(length + padding), (len(start), length + padding))
-    inputs = (*map(with_zeros, (query, key, value, log_decay)), start, rows)
-    chunks = [split_chunks(x, chunk_size) for x in inputs]
-    state, out = jax.lax.scan(attend, state, chunks)
-    return join_chunks(out)[:, :length], state
+    arrays = [x.astype(jnp.float32) for x in (query, key, value, log_decay)]
+    return scan_chunks(attend, state, arrays, start, chunk_size)
 
 
 def _after(earlier, later):

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from sparsek_jax.nn.attention import SparseKAttention, float32_linear
 from sparsek_jax.nn.cache import ScoredLinearCache
-from sparsek_jax.nn.causal import join_chunks, split_chunks
+from sparsek_jax.nn.causal import scan_chunks
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.lifetimes import dropped_keys
@@ -124,13 +124,7 @@ def linear_attention(
       The output, zero where there is no key, and the state after the last row.
     """
     length, _, head_dim = key.shape[1:]
-    chunk_size = min(_CHUNK, length)
-    padding = -length % chunk_size
 
-    def with_zeros(x):
-        return jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
-
-    @jax.checkpoint
     def attend(state, chunk):
         query, key, value, exists, start, rows = chunk
         reading = _features(query).reshape(*key.shape[:3], -1, head_dim)
@@ -152,11 +146,7 @@ def linear_attention(
         out = sums[..., :-1] / jnp.where(total > 0, total, 1.0)
         return state, out.reshape(query.shape)
 
-    rows = jnp.broadcast_to(jnp.arange(length + padding), (len(start), length + padding))
-    arrays = (*map(with_zeros, (query, key, value, exists)), start, rows)
-    chunks = [split_chunks(x, chunk_size) for x in arrays]
-    state, out = jax.lax.scan(attend, varying_like(state, *arrays), chunks)
-    return join_chunks(out)[:, :length], state
+    return scan_chunks(attend, state, (query, key, value, exists), start, min(_CHUNK, length))
 
 
 def _features(x):
