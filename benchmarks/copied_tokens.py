@@ -13,6 +13,7 @@ import pathlib
 
 import numpy as np
 from absl import app, flags
+from flax import nnx
 
 from benchmarks.text_nats import file_nats
 from sparsek_jax.generation.loading import load_run
@@ -52,8 +53,8 @@ def main(arguments):
             raise app.UsageError(f"{path} has {len(text)} tokens; expected at least {length}")
     distances = np.stack([copy_distances(text.tolist()) for text in texts])[:, first - 1 :]
     base, model = (
-        np.stack([file_nats(directory.model, text) for text in texts])[:, first - 1 :]
-        for directory in (run, load_run(flags.FLAGS.workdir))
+        np.stack([file_nats(*split, text) for text in texts])[:, first - 1 :]
+        for split in (nnx.split(run.model), nnx.split(load_run(flags.FLAGS.workdir).model))
     )
     edges = [int(edge) for edge in _EDGES.value]
     rows = [("not before", distances == 0)]

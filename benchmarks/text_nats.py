@@ -44,9 +44,9 @@ def _nats(graphdef, state, tokens):
     return nats[0]
 
 
-def file_nats(model, tokens):
+def file_nats(graphdef, state, tokens):
     """Nats of all tokens but the first, of a text that begins with them, `[T - 1]`."""
-    return np.asarray(_nats(*nnx.split(model), jnp.asarray(tokens)))
+    return np.asarray(_nats(graphdef, state, jnp.asarray(tokens)))
 
 
 def _pieces(tokens):
@@ -67,6 +67,7 @@ def _line(name, loss):
 def main(arguments):
     """Prints a line for each file and, where there are several, for each directory."""
     run = load_run(_WORKDIR.value)
+    graphdef, state = nnx.split(run.model)
     edges = np.linspace(0, _TOKENS.value, _BUCKETS.value + 1).astype(int)
     paths = [pathlib.Path(path) for path in arguments[1:]]
     kinds = collections.Counter(path.parent for path in paths)
@@ -80,7 +81,7 @@ def main(arguments):
             continue
         tally = make_tally(1)
         for tokens in pieces:
-            nats = file_nats(run.model, tokens)
+            nats = file_nats(graphdef, state, tokens)
             batch = {
                 "targets": tokens[1:],
                 "positions": np.arange(len(nats)),
