@@ -22,7 +22,7 @@ from flax import nnx
 
 from sparsek_jax.evaluation.perplexity import LossTally
 from sparsek_jax.generation.loading import load_run
-from sparsek_jax.training.loss import token_nats
+from sparsek_jax.training.loss import token_loss
 from sparsek_jax.training.workdir import write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the model.")
@@ -40,8 +40,8 @@ def _nats(graphdef, state, tokens):
     """Nats of all tokens but the first."""
     model = nnx.merge(graphdef, state)
     hidden = model.hidden(tokens[None, :-1])
-    nats, _ = token_nats(model.output_table, hidden, tokens[None, 1:], chunk_size=_LOSS_CHUNK)
-    return nats[0]
+    loss = token_loss(model.output_table, hidden, tokens[None, 1:], chunk_size=_LOSS_CHUNK)
+    return loss.nats[0]
 
 
 def file_nats(graphdef, state, tokens):

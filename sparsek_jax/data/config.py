@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 
 import ml_collections
+
+from sparsek_jax.data.recall import check_mqar
 
 PACKINGS = ("segments", "continuous")
 MIN_BPE_VOCAB = 258  # 256 bytes, <|bos|> and <|eos|>
@@ -26,7 +29,8 @@ def default_data_config() -> ml_collections.ConfigDict:
     config.tfds_data_dir = ""  # "": TFDS' own default ($TFDS_DATA_DIR or ~/tensorflow_datasets)
     # Where prepared corpora are kept, each in a directory named by a hash of its content.
     config.root = "~/.cache/sparsek_jax"
-    # "bytes", "bpe:<vocab_size>" (trained on the training split), or a Hugging Face tokenizer.json.
+    # "bytes", "bpe:<vocab_size>" (trained on the training split), a Hugging Face tokenizer.json, or
+    # of data.recall "ids:<vocab_size>".
     config.tokenizer = "bytes"
     # Tokens in a row of a batch.
     config.seq_len = 1024
@@ -40,6 +44,14 @@ def default_data_config() -> ml_collections.ConfigDict:
     config.max_documents = 0
     # Rows shuffled together before batching (1 = off). Documents are shuffled in any case.
     config.shuffle_window = 256
+    # Rows of associative recall instead of text; sparsek_jax.data.recall says what the fields are.
+    config.recall = ml_collections.ConfigDict()
+    config.recall.num_pairs = 0  # 0: text
+    config.recall.power = 1.0
+    config.recall.spread = 0
+    config.recall.gap = 0
+    config.recall.num_fillers = 0
+    config.recall.validation_rows = 256
     return config
 
 
@@ -69,15 +81,51 @@ def validate_data_config(config: ml_collections.ConfigDict) -> None:
             "expected a number above 0 and below 1"
         )
     validate_tokenizer_spec(config.tokenizer)
+    _validate_recall(config)
+
+
+def _validate_recall(config: ml_collections.ConfigDict) -> None:
+    recall, has_ids = config.recall, config.tokenizer.startswith("ids:")
+    if not recall.num_pairs:
+        if has_ids:
+            raise ValueError(
+                f"data.tokenizer={config.tokenizer!r} with data.recall.num_pairs=0; expected a "
+                "tokenizer of text, or pairs to recall"
+            )
+        return
+    if config.glob or config.tfds:
+        name = "glob" if config.glob else "tfds"
+        raise ValueError(
+            f"data.recall.num_pairs={recall.num_pairs} and data.{name}={config[name]!r} are both "
+            "set; expected one of them"
+        )
+    if not has_ids:
+        raise ValueError(
+            f"data.tokenizer={config.tokenizer!r} with data.recall.num_pairs={recall.num_pairs}; "
+            "expected 'ids:<vocab_size>', since what is recalled is no text"
+        )
+    for name, minimum in (("num_pairs", 1), ("spread", 0), ("gap", 0), ("num_fillers", 0)):
+        _check_integer(config, f"recall.{name}", minimum)
+    _check_integer(config, "recall.validation_rows", 1)
+    sizes = {name: recall[name] for name in recall if name != "validation_rows"}
+    vocab_size = int(config.tokenizer.removeprefix("ids:"))
+    try:
+        check_mqar(batch_size=1, length=config.seq_len, vocab_size=vocab_size, **sizes)
+    except ValueError as error:
+        raise ValueError(f"data.recall: {error}") from error
 
 
 def validate_tokenizer_spec(spec: str) -> None:
-    """Checks that `spec` is "bytes", "bpe:<vocab_size>" or the path of an existing file.
+    """Checks that `spec` is "bytes", "bpe:<n>", "ids:<n>" or the path of an existing file.
 
     Raises:
       ValueError: it is none of them; the message names data.tokenizer.
     """
     if spec == "bytes":
+        return
+    if spec.startswith("ids:"):
+        if not re.fullmatch(r"ids:[1-9]\d*", spec):
+            raise ValueError(f"data.tokenizer={spec!r}; expected 'ids:<vocab_size>'")
         return
     if spec.startswith("bpe:"):
         if not re.fullmatch(r"bpe:\d+", spec) or int(spec[4:]) < MIN_BPE_VOCAB:
@@ -88,13 +136,13 @@ def validate_tokenizer_spec(spec: str) -> None:
         return
     if not spec or not Path(spec).expanduser().is_file():
         raise ValueError(
-            f"data.tokenizer={spec!r}; expected 'bytes', 'bpe:<vocab_size>' or the path of an "
-            "existing tokenizer.json"
+            f"data.tokenizer={spec!r}; expected 'bytes', 'bpe:<vocab_size>', 'ids:<vocab_size>' or "
+            "the path of an existing tokenizer.json"
         )
 
 
 def _check_integer(config: ml_collections.ConfigDict, field: str, minimum: int) -> None:
-    value = config[field]
+    value = operator.attrgetter(field)(config)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"data.{field}={value!r}; expected an integer >= {minimum}")
 

@@ -19,6 +19,7 @@ import ml_collections
 from absl import logging
 
 from sparsek_jax.data.config import validate_data_config
+from sparsek_jax.data.recall_corpus import RecallCorpus
 from sparsek_jax.data.sources import Source, content_digest, resolve_source
 from sparsek_jax.data.tokenizer import (
     TRAINED_TOKENIZER,
@@ -54,6 +55,8 @@ class Corpus:
       train: documents to train on; `train[i]` is {"name": bytes, "tokens": integer array [n]}.
       validation: held-out documents, likewise. No text is in both.
       splits: `SplitStats` of "train" and "validation".
+      extent: how much text there is, for people.
+      num_validation_bytes: UTF-8 bytes of the held-out documents.
     """
 
     def __init__(self, directory: Path, *, description: str, tokenizer: Tokenizer):
@@ -66,6 +69,12 @@ class Corpus:
         self.train = builder.as_data_source(split="train")
         self.validation = builder.as_data_source(split="validation")
         self.splits = {name: SplitStats(**stats) for name, stats in builder.info.metadata.items()}
+        train, validation = self.splits["train"], self.splits["validation"]
+        self.extent = (
+            f"{train.num_documents:,} documents, {train.num_tokens:,} tokens; "
+            f"held out {validation.num_tokens:,}"
+        )
+        self.num_validation_bytes = validation.num_bytes
 
     def document_name(self, document_id: int, split: Split = "train") -> str:
         """Returns the name (path or index in the source) of a batch's `document_ids` entry."""
@@ -78,7 +87,7 @@ class Corpus:
         return source[document_id]["name"].decode()
 
 
-def prepare(config: ml_collections.ConfigDict) -> Corpus:
+def prepare(config: ml_collections.ConfigDict) -> Corpus | RecallCorpus:
     """Opens the corpus that `config.data` describes, tokenizing it first if that is not yet done.
 
     The directory under `config.root` is named by a hash of the documents' names and contents, the
@@ -90,13 +99,15 @@ def prepare(config: ml_collections.ConfigDict) -> Corpus:
       config: the data section, as of `default_data_config`.
 
     Returns:
-      The corpus.
+      The corpus; with `config.recall.num_pairs` one that is made up row by row.
 
     Raises:
       ValueError: a field is impossible, the source does not exist, or it holds fewer than two
         different documents, which leaves nothing to hold out.
     """
     validate_data_config(config)
+    if config.recall.num_pairs:
+        return RecallCorpus(config)
     source = resolve_source(config)
     key = json.dumps(
         [

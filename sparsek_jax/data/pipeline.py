@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from sparsek_jax.data.config import validate_data_config
 from sparsek_jax.data.corpus import Corpus, Split
+from sparsek_jax.data.recall_corpus import RecallCorpus, RecallValidation
 
 Batch = dict[str, np.ndarray]
 
@@ -26,7 +27,7 @@ _STREAM = "stream"
 
 
 def train_iterator(
-    corpus: Corpus,
+    corpus: Corpus | RecallCorpus,
     config: ml_collections.ConfigDict,
     *,
     batch_size: int,
@@ -64,6 +65,13 @@ def train_iterator(
     _check_shares(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}; expected an integer from 0 to 2**32 - 1")
+    if isinstance(corpus, RecallCorpus):
+        return corpus.train_iterator(
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+        )
     documents = grain.MapDataset.source(_Documents(corpus, "train")).seed(seed).shuffle().repeat()
     rows = _pack(documents[process_index::process_count], config.seq_len)
     if config.shuffle_window > 1:
@@ -129,21 +137,24 @@ class ValidationBatches:
 
 
 def validation_batches(
-    corpus: Corpus,
+    corpus: Corpus | RecallCorpus,
     config: ml_collections.ConfigDict,
     *,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> ValidationBatches:
-    """Returns `ValidationBatches` of the arguments."""
-    return ValidationBatches(
-        corpus,
-        config,
-        batch_size=batch_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
+) -> ValidationBatches | RecallValidation:
+    """Returns `ValidationBatches` of the arguments, or what is like it of rows to recall."""
+    share = {
+        "batch_size": batch_size,
+        "process_index": process_index,
+        "process_count": process_count,
+    }
+    if isinstance(corpus, RecallCorpus):
+        validate_data_config(config)
+        _check_shares(**share)
+        return RecallValidation(corpus, **share)
+    return ValidationBatches(corpus, config, **share)
 
 
 class _Documents:

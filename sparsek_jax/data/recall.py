@@ -10,6 +10,45 @@ import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
 
+def check_mqar(
+    *,
+    batch_size: int,
+    length: int,
+    vocab_size: int,
+    num_pairs: int,
+    power: float = 0.01,
+    spread: int = 0,
+    gap: int = 0,
+    num_fillers: int = 0,
+) -> None:
+    """Checks the arguments of `mqar_rows`.
+
+    Raises:
+      ValueError: One is out of range; the message names it.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_pairs", num_pairs, 1),
+        ("gap", gap, 0),
+        ("num_fillers", num_fillers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name}={value}; expected at least {least}")
+    spread = spread or 2 * num_pairs
+    if spread % 2 or spread < 2 * num_pairs:
+        raise ValueError(f"spread={spread}; expected an even number of at least {2 * num_pairs}")
+    if gap % 2:
+        raise ValueError(f"gap={gap}; expected an even number")
+    least = spread + gap + 2 * num_pairs
+    if length % 2 or length < least:
+        raise ValueError(f"length={length}; expected an even number of at least {least}")
+    least = num_fillers + 2 * (num_pairs + 1)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size}; expected at least {least}")
+    if not 0 < power <= 1:
+        raise ValueError(f"power={power}; expected a number above 0 and at most 1")
+
+
 def mqar_rows(
     rng: np.random.Generator,
     *,
@@ -19,6 +58,9 @@ def mqar_rows(
     num_pairs: int,
     power: float = 0.01,
     random_filler: bool = True,
+    spread: int = 0,
+    gap: int = 0,
+    num_fillers: int = 0,
 ) -> dict[str, Int32[np.ndarray, "B T"] | Float32[np.ndarray, "B T"]]:
     """Makes rows of multi-query associative recall (MQAR).
 
@@ -33,6 +75,9 @@ def mqar_rows(
     Other than in Zoology, filler never is one of the row's keys: with a small vocabulary it would
     show many of them with other values.
 
+    Three arguments, which Zoology does not have, make of it a task for memories that have to choose
+    what they keep: pairs far from the queries, among filler that can be told from them.
+
     Args:
       rng: The only source of randomness.
       batch_size: B.
@@ -41,6 +86,11 @@ def mqar_rows(
       num_pairs: Zoology has one for every 16 tokens as a rule, and for up to every 4.
       power: Of the law of gaps, above 0 and at most 1.
       random_filler: Whether what stands between queries is random tokens, or 0.
+      spread: Tokens at the beginning, even, among which the pairs stand at random places; 0: they
+        stand side by side.
+      gap: Tokens of filler behind these, even, before there may be a query.
+      num_fillers: The last so many tokens of the vocabulary are filler and nothing else, and V
+        above does not count them; 0: any token is filler but the row's keys.
 
     Returns:
       A batch with the fields that training takes, each `[B, T]`: "inputs"; "targets", the value
@@ -50,24 +100,43 @@ def mqar_rows(
     Raises:
       ValueError: An argument is out of range; the message names it.
     """
-    _check(batch_size, length, vocab_size, num_pairs, power)
-    half = vocab_size // 2
+    check_mqar(
+        batch_size=batch_size,
+        length=length,
+        vocab_size=vocab_size,
+        num_pairs=num_pairs,
+        power=power,
+        spread=spread,
+        gap=gap,
+        num_fillers=num_fillers,
+    )
+    spread = spread or 2 * num_pairs
+    num_words = vocab_size - num_fillers
+    half = num_words // 2
     keys = 1 + _distinct(rng, np.zeros(half - 1), batch_size, num_pairs)
-    values = half + _distinct(rng, np.zeros(vocab_size - half), batch_size, num_pairs)
-    num_places = length // 2 - num_pairs
-    log_weights = (power - 1) * np.log(np.arange(1, num_places + 1))
-    queries = 2 * (num_pairs + _distinct(rng, log_weights, batch_size, num_pairs))
+    values = half + _distinct(rng, np.zeros(num_words - half), batch_size, num_pairs)
+    pairs = 2 * np.sort(_distinct(rng, np.zeros(spread // 2), batch_size, num_pairs), axis=1)
+    first = (spread + gap) // 2
+    log_weights = (power - 1) * np.log(np.arange(1, length // 2 - first + 1))
+    queries = 2 * (first + _distinct(rng, log_weights, batch_size, num_pairs))
 
-    if random_filler:
-        inputs = _tokens_but(rng, keys, (batch_size, length), vocab_size)
+    shape = (batch_size, length)
+    if not random_filler:
+        inputs = np.zeros(shape, np.int32)
+    elif num_fillers:
+        inputs = rng.integers(num_words, vocab_size, size=shape, dtype=np.int32)
     else:
-        inputs = np.zeros((batch_size, length), np.int32)
-    inputs[:, : 2 * num_pairs : 2] = keys
-    inputs[:, 1 : 2 * num_pairs : 2] = values
-    targets = np.zeros((batch_size, length), np.int32)
-    loss_mask = np.zeros((batch_size, length), np.float32)
-    for array, what in ((inputs, keys), (targets, values), (loss_mask, np.float32(1))):
-        np.put_along_axis(array, queries, what, axis=1)
+        inputs = _tokens_but(rng, keys, shape, vocab_size)
+    targets = np.zeros(shape, np.int32)
+    loss_mask = np.zeros(shape, np.float32)
+    for array, places, what in (
+        (inputs, pairs, keys),
+        (inputs, pairs + 1, values),
+        (inputs, queries, keys),
+        (targets, queries, values),
+        (loss_mask, queries, np.float32(1)),
+    ):
+        np.put_along_axis(array, places, what, axis=1)
     return {
         "inputs": inputs,
         "targets": targets,
@@ -75,18 +144,6 @@ def mqar_rows(
         "positions": np.tile(np.arange(length, dtype=np.int32), (batch_size, 1)),
         "segment_ids": np.ones((batch_size, length), np.int32),
     }
-
-
-def _check(batch_size, length, vocab_size, num_pairs, power) -> None:
-    for name, value in (("batch_size", batch_size), ("num_pairs", num_pairs)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; expected at least 1")
-    if length % 2 or length < 4 * num_pairs:
-        raise ValueError(f"length={length}; expected an even number of at least {4 * num_pairs}")
-    if vocab_size // 2 - 1 < num_pairs:
-        raise ValueError(f"vocab_size={vocab_size}; expected at least {2 * (num_pairs + 1)}")
-    if not 0 < power <= 1:
-        raise ValueError(f"power={power}; expected a number above 0 and at most 1")
 
 
 def _distinct(

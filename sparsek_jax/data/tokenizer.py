@@ -1,4 +1,4 @@
-"""Tokenizers: bytes, a byte-level BPE trained on the corpus, or a Hugging Face tokenizer.json."""
+"""Tokenizers: bytes, a BPE trained on the corpus, a Hugging Face tokenizer.json, or bare ids."""
 
 from __future__ import annotations
 
@@ -77,6 +77,39 @@ class ByteTokenizer:
         )
 
 
+class IdTokenizer:
+    """Numbers in place of words, for rows of tokens that are no text; id 0 is bos and eos.
+
+    Args:
+      vocab_size: ids there are.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.bos_id = self.eos_id = 0
+        self.vocab_size = vocab_size
+        self.byte_lengths = np.zeros(vocab_size, np.int32)
+        self.exact_bytes = True
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Returns the numbers that `text` spells, between spaces.
+
+        Raises:
+          ValueError: something else stands there, or a number that is no id, or is 0.
+        """
+        words = text.split()
+        if wrong := [w for w in words if not w.isdecimal() or not 0 < int(w) < self.vocab_size]:
+            raise ValueError(f"{wrong[0]!r} is no token; expected 1 to {self.vocab_size - 1}")
+        return np.array([int(word) for word in words], np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " n"]]:
+        """See `Tokenizer.encode_batch`."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """See `Tokenizer.decode`; every number has a space before it."""
+        return "".join(f" {i}" for i in np.asarray(ids, np.int64).tolist() if i)
+
+
 class HuggingFaceTokenizer:
     """A tokenizer.json file of the Hugging Face `tokenizers` library.
 
@@ -151,18 +184,21 @@ def load_tokenizer(spec: str, *, directory: Path | None = None) -> Tokenizer:
     """Loads the tokenizer that `config.data.tokenizer` names.
 
     Args:
-      spec: "bytes", "bpe:<vocab_size>", or the path of a Hugging Face tokenizer.json.
+      spec: "bytes", "bpe:<vocab_size>", "ids:<vocab_size>", or the path of a Hugging Face
+        tokenizer.json.
       directory: a prepared corpus' directory (`Corpus.directory`), where a trained BPE lies.
 
     Returns:
       The tokenizer.
 
     Raises:
-      ValueError: `spec` is none of the three, or "bpe:..." comes without a prepared directory.
+      ValueError: `spec` is none of these, or "bpe:..." comes without a prepared directory.
     """
     validate_tokenizer_spec(spec)
     if spec == "bytes":
         return ByteTokenizer()
+    if spec.startswith("ids:"):
+        return IdTokenizer(int(spec.removeprefix("ids:")))
     if not spec.startswith("bpe:"):
         return HuggingFaceTokenizer(Path(spec).expanduser())
     if directory is None or not (Path(directory) / TRAINED_TOKENIZER).is_file():
@@ -175,7 +211,7 @@ def load_tokenizer(spec: str, *, directory: Path | None = None) -> Tokenizer:
 
 def tokenizer_fingerprint(spec: str) -> str:
     """Returns a string that changes whenever `spec` would tokenize differently."""
-    if spec == "bytes" or spec.startswith("bpe:"):
+    if spec == "bytes" or spec.startswith(("bpe:", "ids:")):
         return spec
     path = Path(spec).expanduser()
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

@@ -25,7 +25,7 @@ from sparsek_jax.evaluation.settings import Settings, evaluation_settings
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.training.checkpoint import restore_model
 from sparsek_jax.training.config import ConfigError, decoder_config
-from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
+from sparsek_jax.training.loss import LOSS_FIELDS, TokenLoss, hidden_states, token_loss
 from sparsek_jax.training.workdir import check_same_corpus, load_config
 
 
@@ -120,8 +120,8 @@ def evaluate(
             notes.append("Bytes are estimated: this tokenizer does not keep every byte of a text.")
     for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
         arrays = jax.device_put({name: batch[name] for name in LOSS_FIELDS}, rows)
-        nats, sums = jax.device_get(measure(params, arrays))
-        loss.add(batch, nats)
+        token_losses, sums = jax.device_get(measure(params, arrays))
+        loss.add(batch, token_losses.nats, token_losses.likeliest)
         gates.add(sums)
 
     return Evaluation(
@@ -132,7 +132,7 @@ def evaluate(
         corpus=corpus.description,
         attention=model_config.attention,
         config=config,
-        loss=loss.result(corpus.splits["validation"].num_bytes if count == len(batches) else None),
+        loss=loss.result(corpus.num_validation_bytes if count == len(batches) else None),
         gates=gates.result(),
     )
 
@@ -163,11 +163,11 @@ def _measure(
     packing: str,
     rows: NamedSharding,
     loss_chunk: int,
-) -> tuple[Float32[Array, "B T"], dict[int, dict[str, Float32[Array, " K"]]]]:
-    """Nats of every target, and the sums of every SparseK layer's gates."""
+) -> tuple[TokenLoss, dict[int, dict[str, Float32[Array, " K"]]]]:
+    """Losses of every target, and the sums of every SparseK layer's gates."""
     model = nnx.merge(graphdef, params)
     hidden, scores = hidden_states(model, batch, packing=packing, sharding=rows, return_scores=True)
-    nats, _ = token_nats(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
+    loss = token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
     valid = batch["loss_mask"] > 0
     sums = {
         layer: gate_sums(
@@ -178,4 +178,4 @@ def _measure(
         )
         for layer, layer_scores in scores.items()
     }
-    return nats, sums
+    return loss, sums

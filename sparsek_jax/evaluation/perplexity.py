@@ -1,4 +1,4 @@
-"""Held-out loss: per token, per byte, and by how much context a token has. Sums are float64."""
+"""Held-out loss and accuracy, whole and by how much context a token has. Sums are float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Bucket:
       nats_per_token: Their mean loss; NaN if there are none.
       standard_error: Of that mean; documents, not tokens, count as independent draws. NaN with
         fewer than two documents.
+      accuracy: Share of the targets that are the likeliest token; NaN if there are none.
     """
 
     start: int
@@ -28,6 +29,7 @@ class Bucket:
     tokens: int
     nats_per_token: float
     standard_error: float
+    accuracy: float = math.nan  # Absent from reports of earlier versions.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ class HeldOutLoss:
       perplexity: exp(nats_per_token).
       bits_per_byte: Sum of the losses / (ln 2 * bytes); NaN without bytes.
       buckets: Loss by context, ascending.
+      accuracy: Share of the targets that are the likeliest token.
     """
 
     documents: int
@@ -57,6 +60,7 @@ class HeldOutLoss:
     perplexity: float
     bits_per_byte: float
     buckets: tuple[Bucket, ...]
+    accuracy: float = math.nan
 
 
 def bucket_edges(
@@ -93,14 +97,21 @@ class LossTally:
         self._edges = edges
         self._nats = np.zeros((num_documents, len(edges) - 1))
         self._tokens = np.zeros((num_documents, len(edges) - 1), np.int64)
+        self._likeliest = np.zeros(len(edges) - 1, np.int64)
         self._bytes = 0
 
-    def add(self, batch: Mapping[str, np.ndarray], nats: Float[np.ndarray, "B T"]) -> None:
+    def add(
+        self,
+        batch: Mapping[str, np.ndarray],
+        nats: Float[np.ndarray, "B T"],
+        likeliest: Bool[np.ndarray, "B T"],
+    ) -> None:
         """Counts the tokens of a batch whose `loss_mask` is not 0.
 
         Args:
           batch: `targets`, `positions`, `document_ids` and `loss_mask`, each `[B, T]`.
           nats: Loss of every target, `[B, T]`.
+          likeliest: Whether it is the likeliest token, `[B, T]`.
 
         Raises:
           ValueError: A position lies beyond the last edge.
@@ -118,6 +129,7 @@ class LossTally:
         losses = nats[counted].astype(np.float64)
         self._nats += np.bincount(cell, losses, size).reshape(self._nats.shape)
         self._tokens += np.bincount(cell, minlength=size).reshape(self._nats.shape)
+        self._likeliest += np.bincount(bucket[likeliest[counted]], minlength=self._nats.shape[1])
         self._bytes += int(self._byte_lengths[batch["targets"][counted]].sum(dtype=np.int64))
 
     def result(self, num_bytes: int | None = None) -> HeldOutLoss:
@@ -137,7 +149,10 @@ class LossTally:
         for i, (start, stop) in enumerate(zip(self._edges[:-1], self._edges[1:], strict=True)):
             bucket_mean, bucket_error = _ratio(self._nats[:, i], self._tokens[:, i])
             count = int(self._tokens[:, i].sum())
-            buckets.append(Bucket(int(start), int(stop), count, bucket_mean, bucket_error))
+            accuracy = float(self._likeliest[i] / count) if count else math.nan
+            buckets.append(
+                Bucket(int(start), int(stop), count, bucket_mean, bucket_error, accuracy)
+            )
         bits = float(nats.sum()) / math.log(2)
         num_bytes = self._bytes if num_bytes is None else num_bytes
         with np.errstate(over="ignore"):
@@ -151,6 +166,7 @@ class LossTally:
             perplexity=perplexity,
             bits_per_byte=bits / num_bytes if num_bytes else math.nan,
             buckets=tuple(buckets),
+            accuracy=float(self._likeliest.sum() / tokens.sum()),
         )
 
 

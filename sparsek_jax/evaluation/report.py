@@ -46,23 +46,25 @@ def print_report(evaluation: Evaluation, console: Console | None = None) -> None
         console.print(f"[yellow]note:[/] {escape(note)}")
 
     table = Table(title="Held-out loss", title_justify="left")
-    for column in ("nats per token", "perplexity", "bits per byte"):
+    for column in ("nats per token", "perplexity", "bits per byte", "accuracy"):
         table.add_column(column, justify="right")
     table.add_row(
         _with_error(loss.nats_per_token, loss.standard_error),
         _number(loss.perplexity, ".3f"),
         _number(loss.bits_per_byte, ".4f"),
+        _number(loss.accuracy, ".1%"),
     )
     console.print(table)
 
     table = Table(title="Loss by tokens of context", title_justify="left")
-    for column in ("context", "tokens", "nats per token"):
+    for column in ("context", "tokens", "nats per token", "accuracy"):
         table.add_column(column, justify="right")
     for bucket in loss.buckets:
         table.add_row(
             context_span(bucket),
             f"{bucket.tokens:,}",
             _with_error(bucket.nats_per_token, bucket.standard_error),
+            _number(bucket.accuracy, ".1%"),
         )
     console.print(table)
     if evaluation.gates:
@@ -157,10 +159,11 @@ def plot(evaluation: Evaluation, path: Path) -> None:
         ax.grid(axis="y", alpha=0.3, linewidth=0.6)
         ax.title.set_fontsize(10)
     loss = evaluation.loss
+    bits, accuracy = f"{loss.bits_per_byte:.3f} bits per byte", f"{loss.accuracy:.1%} right"
     figure.suptitle(
         f"{evaluation.workdir.name}, step {evaluation.step:,}, "
         f"{describe_attention(evaluation.attention)}: "
-        f"{loss.nats_per_token:.3f} nats per token, {loss.bits_per_byte:.3f} bits per byte",
+        f"{loss.nats_per_token:.3f} nats per token, {bits if loss.bytes else accuracy}",
         fontsize=11,
     )
     figure.savefig(path)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import operator
 import re
 from collections.abc import Collection
 from typing import Any
 
 import ml_collections
 
-from sparsek_jax.training.config import ConfigError, validate_eval_config
+from sparsek_jax.data import default_data_config
+from sparsek_jax.training.config import ConfigError, flat_fields, validate_eval_config
 
 # Attention that the same weights can be run with.
 FREE_ATTENTION = (
@@ -24,7 +25,8 @@ FREE_ATTENTION = (
 )
 # Data fields that decide which text is read, as opposed to where it is kept or how it is cut.
 _SOURCE = ("glob", "tfds", "tfds_split", "tfds_text_field", "tfds_data_dir")
-_CORPUS = (*_SOURCE, "tokenizer", "validation_fraction", "max_documents")
+_RECALL = tuple(f"recall.{name}" for name in default_data_config().recall)
+_CORPUS = (*_SOURCE, *_RECALL, "tokenizer", "validation_fraction", "max_documents")
 _ROWS = ("seq_len", "packing")
 
 
@@ -109,7 +111,7 @@ def evaluation_settings(
     Raises:
       ConfigError: `config` differs from `saved` in another field, or a value is impossible.
     """
-    asked, trained = _flat(config), _flat(saved)
+    asked, trained = flat_fields(config), flat_fields(saved)
     unknown = sorted(trained.keys() - asked.keys())
     if unknown:
         raise ConfigError(
@@ -141,29 +143,14 @@ def evaluation_settings(
         effective["attention.pattern"] = []
     tokenizer, old = changes.get("data.tokenizer", ("", ""))
     # Only the place of a tokenizer.json may be another.
-    if any(spec == "bytes" or spec.startswith("bpe:") for spec in (tokenizer, old)):
+    if any(s == "bytes" or s.startswith(("bpe:", "ids:")) for s in (tokenizer, old)):
         raise ConfigError(
             f"data.tokenizer={tokenizer!r}, but the run was trained with {old!r}; expected the same"
         )
     result = ml_collections.ConfigDict(config.to_dict())
     for field, value in effective.items():
         parent, _, name = field.rpartition(".")
-        section = result[parent] if parent else result
+        section = operator.attrgetter(parent)(result) if parent else result
         section[name] = tuple(value) if isinstance(value, list) else value
     validate_eval_config(result.eval)
     return Settings(result, changes)
-
-
-def _flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Fields by dotted name, with JSON's types."""
-    flat = {}
-
-    def visit(prefix, value):
-        for name, child in value.items():
-            if isinstance(child, dict):
-                visit(f"{prefix}{name}.", child)
-            else:
-                flat[f"{prefix}{name}"] = child
-
-    visit("", json.loads(config.to_json()))
-    return flat

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags, logging
 
 from sparsek_jax.training.checkpoint import CheckpointError
-from sparsek_jax.training.config import ConfigError, default_config
+from sparsek_jax.training.config import ConfigError, default_config, flat_fields
 from sparsek_jax.training.trainer import TrainingDivergedError
 
 
@@ -72,12 +72,7 @@ def clear_errors() -> Iterator[None]:
 
 def _check_field_names(arguments: list[str]) -> None:
     """Fails on an override of a field that no recipe has."""
-    sections = default_config().to_dict()
-    fields = [
-        name if not isinstance(value, dict) else f"{name}.{field}"
-        for name, value in sections.items()
-        for field in (value if isinstance(value, dict) else [name])
-    ]
+    fields = flat_fields(default_config())
     for argument in arguments:
         match = re.match(r"--?config\.([^=]+)", argument)
         if match and match[1] not in fields:

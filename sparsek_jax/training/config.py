@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from typing import Any
 
@@ -135,6 +136,21 @@ def default_config() -> ml_collections.ConfigDict:
     # A recipe that mistypes a field fails instead of adding one.
     config.lock()
     return config
+
+
+def flat_fields(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns all fields by dotted name, such as "data.recall.gap", with JSON's types."""
+    flat = {}
+
+    def visit(prefix, value):
+        for name, child in value.items():
+            if isinstance(child, dict):
+                visit(f"{prefix}{name}.", child)
+            else:
+                flat[f"{prefix}{name}"] = child
+
+    visit("", json.loads(config.to_json()))
+    return flat
 
 
 def decoder_config(config: ml_collections.ConfigDict, vocab_size: int) -> nn.DecoderConfig:

@@ -1,11 +1,11 @@
 """Hidden states of a batch, and cross-entropy that never holds the logits of all tokens at once."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from sparsek_jax import nn
 from sparsek_jax.nn.decoder import output_logits
@@ -36,23 +36,34 @@ def hidden_states(
     )
 
 
-def token_nats(
+class TokenLoss(NamedTuple):
+    """What is known of every target, each `[B, T]`.
+
+    Attributes:
+      nats: Negative log-likelihood, in nats.
+      log_z: Logarithm of its normaliser (for a z-loss).
+      likeliest: Whether no other token is likelier.
+    """
+
+    nats: Float32[Array, "B T"]
+    log_z: Float32[Array, "B T"]
+    likeliest: Bool[Array, "B T"]
+
+
+def token_loss(
     table: Float[Array, "V D"],
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
     *,
     chunk_size: int,
-) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
-    """Negative log-likelihood of every target, in nats, and the logarithm of its normaliser.
+) -> TokenLoss:
+    """Negative log-likelihood of every target, and what else its logits tell.
 
     Args:
       table: Output projection, a row for every token of the vocabulary.
       hidden: Final hidden states.
       targets: Next tokens.
       chunk_size: Positions per row whose logits exist at a time, forward and backward.
-
-    Returns:
-      The nats and the log-normalisers (for a z-loss), both `[B, T]`.
     """
     batch, length, width = hidden.shape
     chunk_size = min(chunk_size, length)
@@ -63,26 +74,27 @@ def token_nats(
         jnp.moveaxis(hidden.reshape(batch, -1, chunk_size, width), 1, 0),
         jnp.moveaxis(targets.reshape(batch, -1, chunk_size), 1, 0),
     )
-    nats, log_z = jax.lax.map(lambda chunk: _chunk_nats(table, *chunk), chunks)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length] for x in (nats, log_z))
+    loss = jax.lax.map(lambda chunk: _chunk_loss(table, *chunk), chunks)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length], loss)
 
 
 @jax.custom_vjp
-def _chunk_nats(table, hidden, targets):
-    """`token_nats` of one chunk; the logits are computed again for the gradient."""
+def _chunk_loss(table, hidden, targets):
+    """`token_loss` of one chunk; the logits are computed again for the gradient."""
     logits = output_logits(table, hidden)
     log_z = jax.nn.logsumexp(logits, axis=-1)
-    return log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], log_z
+    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return TokenLoss(log_z - of_target, log_z, of_target >= jnp.max(logits, axis=-1))
 
 
-def _chunk_nats_fwd(table, hidden, targets):
-    nats, log_z = _chunk_nats(table, hidden, targets)
-    return (nats, log_z), (table, hidden, targets, log_z)
+def _chunk_loss_fwd(table, hidden, targets):
+    loss = _chunk_loss(table, hidden, targets)
+    return loss, (table, hidden, targets, loss.log_z)
 
 
-def _chunk_nats_bwd(residuals, cotangents):
+def _chunk_loss_bwd(residuals, cotangents):
     table, hidden, targets, log_z = residuals
-    d_nats, d_log_z = cotangents
+    d_nats, d_log_z, _ = cotangents
     probability = jnp.exp(output_logits(table, hidden) - log_z[..., None])
     is_target = targets[..., None] == jnp.arange(table.shape[0], dtype=targets.dtype)
     d_logits = (d_nats + d_log_z)[..., None] * probability
@@ -94,4 +106,4 @@ def _chunk_nats_bwd(residuals, cotangents):
     return d_table.astype(table.dtype), d_hidden.astype(hidden.dtype), None
 
 
-_chunk_nats.defvjp(_chunk_nats_fwd, _chunk_nats_bwd)
+_chunk_loss.defvjp(_chunk_loss_fwd, _chunk_loss_bwd)

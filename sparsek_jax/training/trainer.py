@@ -29,7 +29,7 @@ from sparsek_jax.training.checkpoint import Checkpoints
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
 from sparsek_jax.training.initial import initial_params
-from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_nats
+from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_loss
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, is_scorer, split
@@ -179,9 +179,9 @@ def train_step(
     def loss(params, piece):
         """This piece's share of the batch's loss, so that pieces add up to it exactly."""
         model = definition.merge(params)
-        nats, log_z = _nats(model, piece, config, loss_chunk, rows)
-        mean_nats = jnp.sum(nats * piece["loss_mask"]) / num_targets
-        penalty = jnp.sum(log_z**2 * piece["loss_mask"]) / num_targets
+        token = _loss(model, piece, config, loss_chunk, rows)
+        mean_nats = jnp.sum(token.nats * piece["loss_mask"]) / num_targets
+        penalty = jnp.sum(token.log_z**2 * piece["loss_mask"]) / num_targets
         return mean_nats + config.optimizer.z_loss * penalty, mean_nats
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -230,9 +230,9 @@ def train_step(
     return new_state, metrics
 
 
-def _nats(model, batch, config, loss_chunk, rows):
+def _loss(model, batch, config, loss_chunk, rows):
     hidden = hidden_states(model, batch, packing=config.data.packing, sharding=rows)
-    return token_nats(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
+    return token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
 
 
 def _init(config, model_config, optimizer):
@@ -265,9 +265,7 @@ class _Run:
             # in, and the next step would be compiled anew.
             out_shardings=(shardings, None),
         )
-        self.evaluate = jax.jit(
-            functools.partial(_sum_nats, definition, config, loss_chunk, self.rows)
-        )
+        self.evaluate = jax.jit(functools.partial(_sums, definition, config, loss_chunk, self.rows))
         self.model_config = decoder_config(config, corpus.tokenizer.vocab_size)
         # The peaks that are known are those of bfloat16.
         is_bfloat16 = config.model.dtype == "bfloat16"
@@ -306,7 +304,7 @@ class _Run:
                 log.arrived(*pending)
                 pending = None
             if validates:
-                log.validation(step, self._validate(state["params"], held_out))
+                log.validation(step, *self._validate(state["params"], held_out))
             if saves:
                 checkpoints.save(step, state["params"], state["optimizer"], iterator)
                 log.timer.pause()
@@ -330,19 +328,20 @@ class _Run:
         }
 
     def _validate(self, params, held_out):
-        """Mean nats per held-out token over `train.eval_batches` batches."""
+        """Mean nats and accuracy of held-out tokens over `train.eval_batches` batches."""
         limit = self.config.train.eval_batches or len(held_out)
         sums = [
             self.evaluate(params, self._to_devices(batch))
             for batch in itertools.islice(held_out, limit)
         ]
-        nats, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
-        return float(nats / count)
+        nats, right, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
+        return float(nats / count), float(right / count)
 
 
-def _sum_nats(definition, config, loss_chunk, rows, params, batch):
-    nats, _ = _nats(definition.merge(params), batch, config, loss_chunk, rows)
-    return jnp.sum(nats * batch["loss_mask"]), jnp.sum(batch["loss_mask"])
+def _sums(definition, config, loss_chunk, rows, params, batch):
+    loss = _loss(definition.merge(params), batch, config, loss_chunk, rows)
+    sums = (jnp.sum(x * batch["loss_mask"]) for x in (loss.nats, loss.likeliest))
+    return *sums, jnp.sum(batch["loss_mask"])
 
 
 class _Log:
@@ -388,15 +387,19 @@ class _Log:
         self._flops.clear()
         show(progress_line(step, config.steps, shown, seconds), last=step == config.steps)
 
-    def validation(self, step, nats):
-        """Reports the held-out loss of a step."""
+    def validation(self, step, nats, accuracy):
+        """Reports the held-out loss of a step, and how often the likeliest token was right."""
         self.timer.pause()
         if self._writer:
-            scalars = {"validation_loss": nats, "validation_perplexity": math.exp(min(nats, 700))}
+            scalars = {
+                "validation_loss": nats,
+                "validation_perplexity": math.exp(min(nats, 700)),
+                "validation_accuracy": accuracy,
+            }
             self._writer.write(step, scalars)
             show(
                 f"step {step} | held-out loss {nats:.4f} | perplexity "
-                f"{scalars['validation_perplexity']:.2f}",
+                f"{scalars['validation_perplexity']:.2f} | accuracy {accuracy:.1%}",
                 last=True,
             )
 
@@ -439,10 +442,6 @@ def log_run(config: ml_collections.ConfigDict, corpus: Corpus, definition: Model
     scorer = sum(size for name, size in sizes.items() if is_scorer(name))
     print(f"Python {platform.python_version()}, {versions}")
     print(f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} process(es)")
-    train_split = corpus.splits["train"]
-    print(
-        f"data: {corpus.description}: {train_split.num_documents:,} documents, "
-        f"{train_split.num_tokens:,} tokens; held out {corpus.splits['validation'].num_tokens:,}"
-    )
+    print(f"data: {corpus.description}: {corpus.extent}")
     print(f"parameters: {sum(sizes.values()):,}, of which scoring network {scorer:,}")
     print(config, flush=True)

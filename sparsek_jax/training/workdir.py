@@ -15,7 +15,7 @@ import ml_collections
 
 from sparsek_jax.data import Corpus, Tokenizer, load_tokenizer
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER, tokenizer_fingerprint
-from sparsek_jax.training.config import ConfigError, default_config
+from sparsek_jax.training.config import ConfigError, default_config, flat_fields
 
 # What a run may not change when it resumes: the model, the order of its data, and what the
 # optimizer's state consists of.
@@ -180,16 +180,13 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
             f"workdir={str(workdir)!r} holds an imported model and no run; expected another "
             f"--workdir, and --config.init_from={workdir} to start from its weights"
         )
-    saved = load_config(workdir)
-    fields = [f"{section}.{name}" for section in _FIXED_SECTIONS for name in config[section]]
-    for field in (*fields, *_FIXED_FIELDS):
-        if field in _FREE_FIELDS:
+    saved, defaults = flat_fields(load_config(workdir)), flat_fields(default_config())
+    for field, new in flat_fields(config).items():
+        fixed = field.split(".")[0] in _FIXED_SECTIONS or field in _FIXED_FIELDS
+        if not fixed or field in _FREE_FIELDS:
             continue
         # A field that came with a later version had its default value all along.
-        old, new, default = (
-            _lookup(json.loads(c.to_json()), field) for c in (saved, config, default_config())
-        )
-        old = default if old is None else old
+        old = saved.get(field, defaults.get(field))
         if old != new:
             raise ConfigError(
                 f"{field}={new!r}, but the run in workdir={str(workdir)!r} was started with "
@@ -257,9 +254,3 @@ def run_record(workdir: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(workdir) / "run.json"
     return read_json(path) if path.exists() else {}
-
-
-def _lookup(config: Any, field: str) -> Any:
-    for name in field.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return config

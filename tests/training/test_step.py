@@ -15,7 +15,7 @@ from sparsek_jax import nn
 from sparsek_jax.training import sharding, trainer
 from sparsek_jax.training.config import decoder_config, default_config
 from sparsek_jax.training.flops import attended_keys, peak_flops, train_flops
-from sparsek_jax.training.loss import token_nats
+from sparsek_jax.training.loss import token_loss
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import define
@@ -54,15 +54,15 @@ def make_step(config):
     return step, state
 
 
-def test_token_nats_equal_unchunked_cross_entropy():
+def test_token_losses_equal_unchunked_cross_entropy():
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(2, 13, 8)).astype(np.float32)
     table = rng.normal(size=(20, 8)).astype(np.float32)
     targets = rng.integers(0, 20, (2, 13))
 
     def total(hidden, table, chunk_size):
-        nats, log_z = token_nats(table, hidden, jnp.asarray(targets), chunk_size=chunk_size)
-        return jnp.sum(nats) + 0.1 * jnp.sum(log_z**2), (nats, log_z)
+        loss = token_loss(table, hidden, jnp.asarray(targets), chunk_size=chunk_size)
+        return jnp.sum(loss.nats) + 0.1 * jnp.sum(loss.log_z**2), loss
 
     def unchunked(hidden, table):
         logits = jnp.einsum("btd,vd->btv", hidden, table, precision="highest")
@@ -75,11 +75,12 @@ def test_token_nats_equal_unchunked_cross_entropy():
     expected = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     whole = jax.grad(unchunked, argnums=(0, 1))(hidden, table)
     for chunk_size in (1, 5, 13, 100):
-        (_, (nats, z)), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+        (_, loss), gradients = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
             hidden, table, chunk_size
         )
-        np.testing.assert_allclose(nats, expected, rtol=1e-5)
-        np.testing.assert_allclose(z, log_z, rtol=1e-5)
+        np.testing.assert_allclose(loss.nats, expected, rtol=1e-5)
+        np.testing.assert_allclose(loss.log_z, log_z, rtol=1e-5)
+        np.testing.assert_array_equal(loss.likeliest, logits.argmax(-1) == targets)
         for x, y in zip(gradients, whole, strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
@@ -136,13 +137,13 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_their_documents(tmp_path, monk
     config.train.update(steps=9, batch_size=2, max_bad_steps=3, eval_every=0, checkpoint_every=2)
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"document {i} " * 9)
-    original = trainer._nats
+    original = trainer._loss
 
     def poisoned(*arguments):
-        nats, log_z = original(*arguments)
-        return nats * jnp.nan, log_z
+        loss = original(*arguments)
+        return loss._replace(nats=loss.nats * jnp.nan)
 
-    monkeypatch.setattr(trainer, "_nats", poisoned)
+    monkeypatch.setattr(trainer, "_loss", poisoned)
     with pytest.raises(trainer.TrainingDivergedError, match="3 steps in a row up to step 3"):
         trainer.train(config, tmp_path / "run")
     lines = (tmp_path / "run" / "bad_batches.0.jsonl").read_text().splitlines()

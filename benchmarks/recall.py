@@ -1,0 +1,202 @@
+r"""Which attention learns associative recall, and what of SparseK it takes.
+
+    python -m benchmarks.recall --to=runs/recall_study --seeds=3 [--jobs=6] [--arm=sparsek ...]
+
+Every arm is trained by train.py and configs/recall.py: a run on short rows, which arms with the same
+parameters share, and then one on long rows. Runs that are finished are not repeated, and interrupted ones resume. At
+last it prints a table of the accuracy on held-out rows, and writes it as results.json and
+results.png. `--jobs` runs share the devices; times mean nothing then. `--notrain` reports what there is.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import app, flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sparsek_jax.nn.config import KINDS_WITH_PARAMETERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is trained.
+
+    Attributes:
+      group: Arms that are shown together.
+      kind: Attention of the second layer.
+      fields: Fields of the configuration that differ from the recipe's, in both runs.
+      long_fields: In the run on long rows only.
+    """
+
+    group: str
+    kind: str = "sparsek"
+    fields: dict[str, object] = dataclasses.field(default_factory=dict)
+    long_fields: dict[str, object] = dataclasses.field(default_factory=dict)
+
+    @property
+    def short_name(self) -> str:
+        """Of the run on short rows: its kind, and what is not as in the recipe."""
+        kind = self.kind if self.kind in KINDS_WITH_PARAMETERS else "dense"
+        parts = [f"{name.split('.')[-1]}={value}" for name, value in self.fields.items()]
+        return ",".join(["short", kind, *parts]).replace(":", "-")
+
+    def short_command(self, workdir, seed):
+        """Of train.py."""
+        kind = self.kind if self.kind in KINDS_WITH_PARAMETERS else "dense"
+        fields = {"attention.pattern": ("window", kind), **self.fields, "seed": seed}
+        return _command("configs/recall.py", workdir, fields)
+
+    def command(self, start, workdir, seed):
+        """Of train.py, from the run on short rows in `start`."""
+        pattern = {"attention.pattern": ("window", self.kind)}
+        fields = {**pattern, **self.fields, **self.long_fields, "seed": seed}
+        return _command(f"configs/recall.py:{start}", workdir, fields)
+
+
+def _command(config, workdir, fields):
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+
+
+def _attention(**fields):
+    return {f"attention.{name}": value for name, value in fields.items()}
+
+
+# Filler that cannot be told from pairs: any token but the row's keys, as Zoology has it.
+_ALIKE = {"data.tokenizer": "ids:128", "data.recall.num_fillers": 0}
+_KINDS, _ABLATIONS, _FILLER = "attention", "SparseK", "filler like pairs"
+
+ARMS = {
+    "dense": Arm(_KINDS, "dense"),
+    "sparsek": Arm(_KINDS),
+    "random": Arm(_KINDS, "random"),
+    "key_norm": Arm(_KINDS, "key_norm"),
+    "strided": Arm(_KINDS, "strided"),
+    "sinks": Arm(_KINDS, "sinks"),
+    "window": Arm(_KINDS, "window", long_fields=_attention(sliding_window=128)),
+    "gated_linear": Arm(_KINDS, "gated_linear"),
+    "sparsek_linear": Arm(_KINDS, "sparsek_linear"),
+    "nsa": Arm(_KINDS, "nsa", fields=_attention(block_size=14)),
+    "moba": Arm(_KINDS, "moba", long_fields=_attention(block_size=16)),
+    "bigbird": Arm(_KINDS, "bigbird", long_fields=_attention(block_size=14)),
+    "lsh": Arm(_KINDS, "lsh", long_fields=_attention(num_selected=124)),
+    "k = 30": Arm(_ABLATIONS, long_fields=_attention(num_selected=30)),
+    "k = 62": Arm(_ABLATIONS, long_fields=_attention(num_selected=62)),
+    "k = 254": Arm(_ABLATIONS, long_fields=_attention(num_selected=254)),
+    "k = 510": Arm(_ABLATIONS, long_fields=_attention(num_selected=510)),
+    "w = 8": Arm(_ABLATIONS, long_fields=_attention(sliding_window=8)),
+    "w = 32": Arm(_ABLATIONS, long_fields=_attention(sliding_window=32)),
+    "straight-through": Arm(_ABLATIONS, long_fields=_attention(gating="straight_through")),
+    "no TimestepNorm": Arm(_ABLATIONS, long_fields=_attention(timestep_norm=False)),
+    "no slope": Arm(_ABLATIONS, long_fields=_attention(slope=0.0)),
+    "slope 1e-3": Arm(_ABLATIONS, long_fields=_attention(slope=1e-3)),
+    "learned slope": Arm(_ABLATIONS, long_fields=_attention(learned_slope=True)),
+    "shared scores": Arm(_ABLATIONS, long_fields=_attention(shared_scores=True)),
+    "scorer rate 1e-3": Arm(_ABLATIONS, long_fields={"optimizer.scorer_learning_rate": 1e-3}),
+    "scorer rate 1e-1": Arm(_ABLATIONS, long_fields={"optimizer.scorer_learning_rate": 1e-1}),
+    "dense, like filler": Arm(_FILLER, "dense", fields=_ALIKE),
+    "sparsek, like filler": Arm(_FILLER, fields=_ALIKE),
+    "random, like filler": Arm(_FILLER, "random", fields=_ALIKE),
+}
+
+_TO = flags.DEFINE_string("to", None, "Directory of the runs and results.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm.", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time.", lower_bound=1)
+_ARMS = flags.DEFINE_multi_enum("arm", list(ARMS), list(ARMS), "Arms to train.")
+_TRAIN = flags.DEFINE_bool("train", True, "Train what is missing.")
+flags.mark_flag_as_required("to")
+
+
+def last_accuracy(workdir):
+    """Accuracy on held-out rows when the run ended, and by step; None if it has not ended."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    curve = {r["step"]: r["validation_accuracy"] for r in records if "validation_accuracy" in r}
+    steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
+    return (curve[steps], sorted(curve.items())) if steps in curve else None
+
+
+def _train(command, workdir):
+    """Runs train.py unless that is done; the output goes to train.log."""
+    if last_accuracy(workdir) is not None:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    environment = dict(os.environ)
+    if _JOBS.value > 1:
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    with (workdir / "train.log").open("w") as log:
+        result = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+    if result.returncode:
+        print(f"{' '.join(command)}: exit status {result.returncode}, see {workdir}/train.log")
+
+
+def _all(tasks):
+    """Runs tasks (command, workdir), as many at a time as `--jobs` says."""
+    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
+        list(pool.map(lambda task: _train(*task), tasks))
+
+
+def _picture(rows, path):
+    figure = Figure(figsize=(8, 0.27 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = {_KINDS: "C0", _ABLATIONS: "C1", _FILLER: "C2"}
+    for i, (name, values) in enumerate(rows.items()):
+        colour = colours[ARMS[name].group]
+        axes.barh(i, np.mean(values), color=colour, alpha=0.45)
+        axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=3.5)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1.02), xlabel="share of the values that were recalled; dots: seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def main(_):
+    """Trains what is missing, and reports."""
+    to = pathlib.Path(_TO.value)
+    runs = [(name, ARMS[name], seed) for seed in range(_SEEDS.value) for name in _ARMS.value]
+
+    def short(arm, seed):
+        return to / f"{arm.short_name},seed={seed}"
+
+    def place(name, seed):
+        return to / f"{name.replace(' ', '')},seed={seed}"
+
+    starts = {short(arm, seed): (arm, seed) for _, arm, seed in runs}
+    if _TRAIN.value:
+        _all([(arm.short_command(path, seed), path) for path, (arm, seed) in starts.items()])
+        _all(
+            [
+                (arm.command(short(arm, seed), place(name, seed), seed), place(name, seed))
+                for name, arm, seed in runs
+            ]
+        )
+    found = {
+        name: [last_accuracy(place(name, seed)) for seed in range(_SEEDS.value)]
+        for name in _ARMS.value
+    }
+    found = {name: [x for x in results if x] for name, results in found.items()}
+    rows = {name: [x[0] for x in results] for name, results in found.items() if results}
+    print("| | accuracy | by seed |\n| --- | --- | --- |")
+    for name, values in rows.items():
+        print(f"| {name} | {np.mean(values):.1%} | {', '.join(f'{x:.1%}' for x in values)} |")
+    record = {
+        "short": {path.name: last_accuracy(path) for path in starts},
+        "long": {name: [{"accuracy": a, "curve": c} for a, c in found[name]] for name in rows},
+    }
+    (to / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    _picture(rows, to / "results.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
