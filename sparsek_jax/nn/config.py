@@ -9,10 +9,13 @@ from sparsek_jax.ops.attention import GATINGS, Implementation
 
 KINDS = (
     *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
-    *("bigbird", "moba", "nsa", "gated_linear", "sparsek_linear"),
+    *("bigbird", "moba", "nsa", "lsh", "gated_linear", "sparsek_linear"),
 )
 # With parameters that other kinds lack, and that are no scorers.
 KINDS_WITH_PARAMETERS = ("nsa", "gated_linear", "sparsek_linear")
+# Of "lsh". A bucket holds its share of k, on average, in texts of 16 k tokens.
+LSH_ROUNDS = 4
+LSH_BUCKETS = 64
 ROPE_SCALINGS = ("none", "linear", "llama3")
 
 
@@ -33,7 +36,7 @@ class AttentionConfig:
       num_kv_heads: Key and value heads K; N is a multiple.
       head_dim: Size H of a head.
       num_selected: k, keys that a query selects (all kinds but dense, window and
-        gated_linear).
+        gated_linear); of "lsh", a multiple of its `LSH_ROUNDS` rounds.
       sliding_window: w, newest keys that a query always sees (all kinds but dense; "moba" selects
         so many more instead).
       block_size: Keys that "bigbird", "moba" and "nsa" select together; divides what they select.
@@ -101,12 +104,17 @@ class AttentionConfig:
             f"a tuple, each one of {KINDS}",
         )
         kinds = set(self.pattern or (self.kind,))
-        least = 1 if kinds & {"window", "bigbird", "nsa", "gated_linear"} else 0
+        least = 1 if kinds & {"window", "bigbird", "nsa", "lsh", "gated_linear"} else 0
         expect("sliding_window", _is_int(self.sliding_window, least), f"an int of at least {least}")
         expect(
             "num_selected",
             not kinds & {"bigbird", "nsa"} or self.num_selected % self.block_size == 0,
             f"a multiple of attention.block_size={self.block_size}",
+        )
+        expect(
+            "num_selected",
+            "lsh" not in kinds or self.num_selected % LSH_ROUNDS == 0,
+            f"a multiple of the {LSH_ROUNDS} rounds of hashing",
         )
         expect(
             "sliding_window",

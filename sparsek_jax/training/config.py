@@ -43,8 +43,9 @@ def default_config() -> ml_collections.ConfigDict:
     # "dense", "window", or selection by other than learned scores: "sinks" (the first keys),
     # "random", "key_norm" (keys of low norm), "strided" (keys at equal distances);
     # or of blocks: "bigbird" (the first and random ones), "moba" (by mean keys),
-    # "nsa" (by compressed keys); or the window and "gated_linear" attention; or SparseK and
-    # "sparsek_linear" attention to the keys that it dropped
+    # "nsa" (by compressed keys); or "lsh" (keys in the query's hash buckets);
+    # or the window and "gated_linear" attention; or SparseK and "sparsek_linear" attention to the
+    # keys that it dropped
     config.attention.kind = "sparsek"
     # Kinds repeated over the layers; (): `kind` in every layer. On the command line:
     # --config.attention.pattern="('window','sparsek')"

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Int
 
 from sparsek_jax.nn import DecoderConfig
-from sparsek_jax.nn.config import has_scorer
+from sparsek_jax.nn.config import LSH_BUCKETS, LSH_ROUNDS, has_scorer
 
 # Dense bfloat16 peak in FLOP/s by a part of `jax.Device.device_kind`; vendors' data sheets.
 _PEAK = {
@@ -38,6 +38,7 @@ def attended_keys(
     """Query-key pairs of one head, for queries at these positions of their documents.
 
     Of "bigbird", the most there can be: its blocks may lie partly in the window, or in the future.
+    Also of "lsh": buckets may hold less than their share, and the same keys in several rounds.
     Of "nsa", those of all three branches; of "gated_linear", those of the window; of
     "sparsek_linear", those of SparseK.
     """
@@ -95,6 +96,9 @@ def train_flops(config: DecoderConfig, positions: Int[np.ndarray, "..."]) -> flo
         if kind == "moba":
             # Products of queries with the mean keys of past blocks; there are no values.
             pairs += int(np.sum(positions.astype(np.int64) // attention.block_size)) / 2
+        if kind == "lsh":
+            # Products of queries and of keys with the random directions.
+            projections += (query_dim + kv_dim) * LSH_ROUNDS * LSH_BUCKETS // 2
         if kind in ("gated_linear", "sparsek_linear"):
             # Output gates; each token changes the states, and its queries read them.
             projections += config.d_model * attention.num_heads

@@ -13,6 +13,7 @@ from sparsek_jax.nn import (
     AttentionConfig,
     BigBirdAttention,
     GatedLinearAttention,
+    LshAttention,
     MobaAttention,
     NativeSparseAttention,
     causal,
@@ -231,7 +232,9 @@ def test_nsa_is_its_three_branches(length, changes, packed):
     assert_close([out, *jax.tree.leaves((gradient, *gradients))], truth)
 
 
-@pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention, GatedLinearAttention])
+@pytest.mark.parametrize(
+    "kind", [*MASKS, NativeSparseAttention, LshAttention, GatedLinearAttention]
+)
 def test_bfloat16_matches_float32_on_the_same_inputs(kind):
     rng = np.random.default_rng(2)
     shapes = [(2, LENGTH, 16), *((2, LENGTH, heads, 16) for heads in (6, 2, 2))]
@@ -264,7 +267,7 @@ def test_blocks_are_whole_and_of_one_document(size):
         np.testing.assert_array_equal(blocks.of_row[b], of_row)
 
 
-@pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention])
+@pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention, LshAttention])
 def test_memory_is_linear_in_length(kind, monkeypatch):
     monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 64})
     graphdef, params = nnx.split(make(kind, num_selected=48, sliding_window=48, block_size=16))

@@ -42,6 +42,7 @@ VARIANTS = {
         "shared_scores": True,
         "gating": "straight_through",
     },
+    "hashing": {"kind": "lsh", "num_selected": 8},
     "blocks": {"pattern": ("bigbird", "moba", "nsa"), "sliding_window": 6, "block_size": 3},
 }
 
@@ -158,6 +159,7 @@ def test_seeds_and_dtypes(variant, dtype, tolerance):
         ("dense", 2),
         ("unlearned", 8),
         ("blocks", 6),
+        ("hashing", 4),
         ("gated linear", 2),
         ("sparsek linear", 2),
     ],

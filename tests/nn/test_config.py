@@ -75,7 +75,12 @@ def test_model_errors_name_field_value_and_expectation(field, value):
 
 
 def test_a_window_layer_needs_a_window():
-    for kinds in ({"kind": "window"}, {"kind": "bigbird"}, {"pattern": ("sparsek", "window")}):
+    for kinds in (
+        {"kind": "window"},
+        {"kind": "bigbird"},
+        {"kind": "lsh"},
+        {"pattern": ("sparsek", "window")},
+    ):
         with pytest.raises(
             ValueError, match=r"attention\.sliding_window=0; expected .* at least 1"
         ):
@@ -97,6 +102,16 @@ def test_blocks_fill_the_budget(kind, k, w, message):
             AttentionConfig(**fields, **kinds)
     AttentionConfig(**fields, kind=kind, pattern=("sparsek",))
     AttentionConfig(**fields | {"num_selected": k + 2}, kind=kind)
+
+
+def test_hashing_selects_as_many_keys_in_every_round():
+    for kinds in ({"kind": "lsh"}, {"pattern": ("sparsek", "lsh")}):
+        with pytest.raises(
+            ValueError, match=r"num_selected=6; expected a multiple of the 4 rounds"
+        ):
+            AttentionConfig(**ATTENTION, **kinds, num_selected=6)
+    AttentionConfig(**ATTENTION, kind="lsh", pattern=("sparsek",), num_selected=6)
+    AttentionConfig(**ATTENTION, kind="lsh", num_selected=8)
 
 
 def test_scanned_layers_are_whole_periods():

@@ -172,7 +172,8 @@ def test_weight_decay_and_schedule():
 
 
 @pytest.mark.parametrize(
-    ("kind", "k", "w"), [("sparsek", 3, 4), ("sparsek", 3, 0), ("dense", 1, 1), ("sinks", 3, 4)]
+    ("kind", "k", "w"),
+    [("sparsek", 3, 4), ("sparsek", 3, 0), ("dense", 1, 1), ("sinks", 3, 4), ("lsh", 4, 4)],
 )
 def test_flops_count_attended_keys_only(kind, k, w):
     expected = sum(
@@ -213,6 +214,8 @@ def test_flops_of_a_row_by_hand():
         ("sparsek_linear", 1 + 2 + 3 + 4 + 5, 5 * (8 * (1 + 2) + 4 * 4 + 8 * 4)),
         # Gates, and MLPs of width 1 on keys and on values.
         ("nsa", 9 + (1 + 2 + 3 + 4 + 3) + (1 + 1 + 2 + 2), 5 * (8 * 3 * 2 + 2 * 2 * 4)),
+        # Products with 32 directions in each of 4 rounds.
+        ("lsh", 1 + 2 + 3 + 4 + 5, 5 * (2 + 1) * 4 * 4 * 32),
         # Half of a pair for a query and a mean key.
         ("moba", 1 + 2 + 3 + 4 + 5 + (1 + 1 + 2) / 2, 0),
     ):

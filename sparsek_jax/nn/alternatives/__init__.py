@@ -7,6 +7,7 @@ is worth what it is better than these.
 
 from sparsek_jax.nn.alternatives.blocks import BigBirdAttention, MobaAttention
 from sparsek_jax.nn.alternatives.gated_linear import GatedLinearAttention
+from sparsek_jax.nn.alternatives.hashing import LshAttention
 from sparsek_jax.nn.alternatives.nsa import NativeSparseAttention
 from sparsek_jax.nn.alternatives.plain import DenseAttention, WindowAttention
 from sparsek_jax.nn.alternatives.selection import (
@@ -30,6 +31,7 @@ LAYERS = {
     "bigbird": BigBirdAttention,
     "moba": MobaAttention,
     "nsa": NativeSparseAttention,
+    "lsh": LshAttention,
     "gated_linear": GatedLinearAttention,
     "sparsek_linear": SparseKLinearAttention,
 }
@@ -40,6 +42,7 @@ __all__ = [
     "DenseAttention",
     "GatedLinearAttention",
     "KeyNormAttention",
+    "LshAttention",
     "MobaAttention",
     "NativeSparseAttention",
     "RandomAttention",

@@ -144,29 +144,10 @@ def by_kv_head(query: Float[Array, "B C N H"], num_kv_heads: int) -> Float32[Arr
     return query.astype(jnp.float32).reshape(*query.shape[:2], num_kv_heads, -1, query.shape[-1])
 
 
-class BlockAttention(Attention):
-    """Attention over the keys that `seen_keys` marks; generation remembers all keys."""
+class RememberingAttention(Attention):
+    """Attention that any key may matter to again: generation remembers all of them."""
 
     needs_room = True
-
-    def seen_keys(
-        self,
-        query: Float[Array, "B C N H"],
-        queries: Queries,
-        blocks: Blocks,
-        means: Float32[Array, "B M K H"],
-        layer: int | Int[Array, ""],
-    ) -> Bool[Array, "B #K #G C S"]:
-        """Returns which keys a chunk of queries sees.
-
-        Args:
-          query: The queries.
-          queries: Where they are.
-          blocks: Of the keys.
-          means: The mean key of every block, without gradient.
-          layer: Index in the decoder.
-        """
-        raise NotImplementedError
 
     def attend(
         self,
@@ -189,17 +170,7 @@ class BlockAttention(Attention):
           start: Row of the first key of every row's document.
           layer: Index in the decoder.
         """
-        del x
-        blocks = whole_blocks(start, self.config.block_size)
-        key, value = (array.astype(jnp.float32) for array in (key, value))
-        means = jax.lax.stop_gradient(blocks.gather(key).mean(axis=2))
-
-        def attend(query, row):
-            queries = find_queries(row, start, blocks.size)
-            seen = self.seen_keys(query, queries, blocks, means, layer)
-            return attend_to_seen(query, key, value, seen)
-
-        return over_query_chunks(attend, query, row)
+        raise NotImplementedError
 
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""
@@ -222,6 +193,43 @@ class BlockAttention(Attention):
         """Makes an empty cache with room for `max_length` tokens."""
         del support_size
         return init_dense_cache(batch_size, max_length, self.config, self.dtype)
+
+
+class BlockAttention(RememberingAttention):
+    """Attention over the keys that `seen_keys` marks."""
+
+    def seen_keys(
+        self,
+        query: Float[Array, "B C N H"],
+        queries: Queries,
+        blocks: Blocks,
+        means: Float32[Array, "B M K H"],
+        layer: int | Int[Array, ""],
+    ) -> Bool[Array, "B #K #G C S"]:
+        """Returns which keys a chunk of queries sees.
+
+        Args:
+          query: The queries.
+          queries: Where they are.
+          blocks: Of the keys.
+          means: The mean key of every block, without gradient.
+          layer: Index in the decoder.
+        """
+        raise NotImplementedError
+
+    def attend(self, x, query, key, value, row, start, layer):
+        """Returns attention output `[B, C, N, H]`."""
+        del x
+        blocks = whole_blocks(start, self.config.block_size)
+        key, value = (array.astype(jnp.float32) for array in (key, value))
+        means = jax.lax.stop_gradient(blocks.gather(key).mean(axis=2))
+
+        def attend(query, row):
+            queries = find_queries(row, start, blocks.size)
+            seen = self.seen_keys(query, queries, blocks, means, layer)
+            return attend_to_seen(query, key, value, seen)
+
+        return over_query_chunks(attend, query, row)
 
 
 class BigBirdAttention(BlockAttention):

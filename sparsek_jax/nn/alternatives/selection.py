@@ -4,12 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from sparsek_jax.nn.attention import SelectiveAttention
 from sparsek_jax.nn.cache import ScoredCache
 from sparsek_jax.nn.rotary import document_positions
 from sparsek_jax.nn.scorer import keep_sinks, keep_sinks_next
+
+
+def layer_rng(layer: int | Int[Array, ""]) -> Key[Array, ""]:
+    """Source of the random numbers that a layer always has."""
+    # Named, as the default generator is the user's choice and could change between runs.
+    return jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
 
 
 def uniform_numbers(
@@ -22,8 +28,7 @@ def uniform_numbers(
       *indices: Arrays that broadcast together.
       num_heads: K.
     """
-    # Named, as the default generator is the user's choice and could change between runs.
-    rng = jax.random.fold_in(jax.random.key(0, impl="threefry2x32"), layer)
+    rng = layer_rng(layer)
 
     def draw(*index):
         return jax.random.uniform(functools.reduce(jax.random.fold_in, index, rng), (num_heads,))
