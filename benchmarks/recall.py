@@ -2,10 +2,11 @@ r"""Which attention learns associative recall, and what of SparseK it takes.
 
     python -m benchmarks.recall --to=runs/recall_study --seeds=3 [--jobs=6] [--arm=sparsek ...]
 
-Every arm is trained by train.py and configs/recall.py: a run on short rows, which arms with the same
-parameters share, and then one on long rows. Runs that are finished are not repeated, and interrupted ones resume. At
-last it prints a table of the accuracy on held-out rows, and writes it as results.json and
-results.png. `--jobs` runs share the devices; times mean nothing then. `--notrain` reports what there is.
+Every arm is trained by train.py and configs/recall.py: a run on short rows, which arms with the
+same parameters share, and then one on long rows. Runs that are finished are not repeated, and
+interrupted ones resume. At last it prints a table of the accuracy on held-out rows, and writes it
+as results.json and results.png. `--jobs` runs share the devices; times mean nothing then.
+`--notrain` reports what there is.
 """
 
 import concurrent.futures
@@ -71,7 +72,7 @@ def _attention(**fields):
 
 # Filler that cannot be told from pairs: any token but the row's keys, as Zoology has it.
 _ALIKE = {"data.tokenizer": "ids:128", "data.recall.num_fillers": 0}
-_KINDS, _ABLATIONS, _FILLER = "attention", "SparseK", "filler like pairs"
+_KINDS, _ABLATIONS, _FILLER = "attention", "SparseK", "filler that could be pairs"
 
 ARMS = {
     "dense": Arm(_KINDS, "dense"),
@@ -101,9 +102,11 @@ ARMS = {
     "shared scores": Arm(_ABLATIONS, long_fields=_attention(shared_scores=True)),
     "scorer rate 1e-3": Arm(_ABLATIONS, long_fields={"optimizer.scorer_learning_rate": 1e-3}),
     "scorer rate 1e-1": Arm(_ABLATIONS, long_fields={"optimizer.scorer_learning_rate": 1e-1}),
-    "dense, like filler": Arm(_FILLER, "dense", fields=_ALIKE),
-    "sparsek, like filler": Arm(_FILLER, fields=_ALIKE),
-    "random, like filler": Arm(_FILLER, "random", fields=_ALIKE),
+}
+ARMS |= {
+    f"{name}, any filler": dataclasses.replace(arm, group=_FILLER, fields=arm.fields | _ALIKE)
+    for name, arm in ARMS.items()
+    if name in ("dense", "sparsek", "random") or arm.group == _ABLATIONS
 }
 
 _TO = flags.DEFINE_string("to", None, "Directory of the runs and results.")
@@ -146,7 +149,7 @@ def _all(tasks):
 
 
 def _picture(rows, path):
-    figure = Figure(figsize=(8, 0.27 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.21 * len(rows) + 0.9), layout="constrained")
     axes = figure.subplots()
     colours = {_KINDS: "C0", _ABLATIONS: "C1", _FILLER: "C2"}
     for i, (name, values) in enumerate(rows.items()):
@@ -154,7 +157,7 @@ def _picture(rows, path):
         axes.barh(i, np.mean(values), color=colour, alpha=0.45)
         axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=3.5)
     axes.set_yticks(range(len(rows)), rows)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set(xlim=(0, 1.02), xlabel="share of the values that were recalled; dots: seeds")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
