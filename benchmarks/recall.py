@@ -149,18 +149,26 @@ def _all(tasks):
 
 
 def _picture(rows, path):
-    figure = Figure(figsize=(8, 0.21 * len(rows) + 0.9), layout="constrained")
-    axes = figure.subplots()
+    """Bars of the means and dots of the seeds; what has the other filler stands beside the rest."""
+    sides = [
+        {name: x for name, x in rows.items() if (ARMS[name].group == _FILLER) == on_the_right}
+        for on_the_right in (False, True)
+    ]
+    sides = [side for side in sides if side]
+    figure = Figure(
+        figsize=(5.5 * len(sides), 0.21 * max(map(len, sides)) + 0.9), layout="constrained"
+    )
     colours = {_KINDS: "C0", _ABLATIONS: "C1", _FILLER: "C2"}
-    for i, (name, values) in enumerate(rows.items()):
-        colour = colours[ARMS[name].group]
-        axes.barh(i, np.mean(values), color=colour, alpha=0.45)
-        axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=3.5)
-    axes.set_yticks(range(len(rows)), rows)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set(xlim=(0, 1.02), xlabel="share of the values that were recalled; dots: seeds")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", alpha=0.3)
+    for axes, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+        for i, (name, values) in enumerate(side.items()):
+            colour = colours[ARMS[name].group]
+            axes.barh(i, np.mean(values), color=colour, alpha=0.45)
+            axes.plot(values, np.full(len(values), i), "o", color=colour, markersize=3.5)
+        axes.set_yticks(range(len(side)), side)
+        axes.set_ylim(max(map(len, sides)) - 0.4, -0.6)
+        axes.set(xlim=(0, 1.02), xlabel="share of the values recalled; dots: seeds")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", alpha=0.3)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -197,7 +205,7 @@ def main(_):
         "short": {path.name: last_accuracy(path) for path in starts},
         "long": {name: [{"accuracy": a, "curve": c} for a, c in found[name]] for name in rows},
     }
-    (to / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    (to / "results.json").write_text(json.dumps(record) + "\n")
     _picture(rows, to / "results.png")
 
 

@@ -51,8 +51,7 @@ class RecallCorpus:
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         self.directory = Path(f"recall-{digest}")
         self.description = (
-            f"associative recall: {recall.num_pairs} pairs, each asked for once, in rows of "
-            f"{config.seq_len:,} tokens"
+            f"associative recall, num_pairs={recall.num_pairs} in rows of {config.seq_len:,} tokens"
         )
         self.extent = f"endless rows; held out {recall.validation_rows:,} rows"
         self.validation = range(recall.validation_rows)

@@ -61,6 +61,61 @@ def test_rows_are_as_zoology_defines_them(num_pairs, more, vocabulary, power, ra
         assert not targets[mask == 0].any()
 
 
+@settings(max_examples=30)
+@given(
+    num_pairs=st.integers(1, 8),
+    wider=st.integers(0, 20),
+    gap=st.integers(0, 10),
+    more=st.integers(0, 20),
+    num_fillers=st.integers(0, 30),
+    random_filler=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_pairs_can_stand_among_filler_far_from_the_queries(
+    num_pairs, wider, gap, more, num_fillers, random_filler, seed
+):
+    spread, gap = 2 * (num_pairs + wider), 2 * gap
+    words = 24
+    batch = rows(
+        seed,
+        length=spread + gap + 2 * (num_pairs + more),
+        vocab_size=words + num_fillers,
+        num_pairs=num_pairs,
+        random_filler=random_filler,
+        spread=spread,
+        gap=gap,
+        num_fillers=num_fillers,
+    )
+    for inputs, targets, mask in zip(
+        batch["inputs"], batch["targets"], batch["loss_mask"], strict=True
+    ):
+        (queries,) = np.nonzero(mask)
+        assert len(queries) == num_pairs
+        assert queries.min() >= spread + gap
+        keys = inputs[queries]
+        assert len(set(keys)) == num_pairs
+        # A key stands in two places: in its pair, and where it is asked for.
+        places = np.flatnonzero(np.isin(inputs, keys))
+        assert len(places) == 2 * num_pairs
+        firsts = places[places < spread]
+        assert len(firsts) == num_pairs
+        assert not (firsts % 2).any()
+        value_of = dict(zip(inputs[firsts], inputs[firsts + 1], strict=True))
+        assert [value_of[key] for key in keys] == list(targets[queries])
+        assert words // 2 <= targets[queries].min() <= targets[queries].max() < words
+        filler = np.delete(inputs, np.concatenate([firsts, firsts + 1, queries]))
+        if not random_filler:
+            assert not filler.any()
+        elif num_fillers and filler.size:
+            assert words <= filler.min() <= filler.max() < words + num_fillers
+
+
+def test_pairs_are_anywhere_among_the_first_tokens():
+    batch = rows(batch_size=20_000, length=16, num_pairs=1, spread=10, num_fillers=10, gap=2)
+    (_, places) = np.nonzero(batch["inputs"][:, :10:2] < 30)
+    assert np.abs(np.bincount(places, minlength=5) / 20_000 - 0.2).max() < 0.015
+
+
 def test_rows_depend_on_the_seed():
     first, again, other = rows(0), rows(0), rows(1)
     for name in first:
@@ -97,6 +152,13 @@ def test_filler_is_uniform_over_what_it_may_be():
         ({"vocab_size": 9}, "vocab_size=9; expected at least 10"),
         ({"num_pairs": 0}, "num_pairs=0; expected at least 1"),
         ({"batch_size": 0}, "batch_size=0; expected at least 1"),
+        ({"spread": 6}, "spread=6; expected an even number of at least 8"),
+        ({"spread": 9}, "spread=9; expected an even number of at least 8"),
+        ({"gap": -2}, "gap=-2; expected at least 0"),
+        ({"gap": 1}, "gap=1; expected an even number"),
+        ({"spread": 40, "gap": 18}, "length=64; expected an even number of at least 66"),
+        ({"num_fillers": -1}, "num_fillers=-1; expected at least 0"),
+        ({"num_fillers": 31}, "vocab_size=40; expected at least 41"),
         ({"power": 0.0}, "power=0.0; expected a number above 0 and at most 1"),
     ],
 )

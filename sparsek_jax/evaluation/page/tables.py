@@ -102,9 +102,14 @@ def runs_table(entries: Sequence[Entry], marks: Marks) -> str:
         for name, cells in columns
         if name not in uninteresting or set(cells) != {uninteresting[name]}
     ]
-    for name, digits in (("nats_per_token", 4), ("bits_per_byte", 4)):
+    for name, best, spec in (
+        ("nats_per_token", min, ".4f"),
+        ("bits_per_byte", min, ".4f"),
+        ("accuracy", max, ".1%"),
+    ):
         values = [_loss(entry.held_out, name) for entry in entries]
-        columns.append((name.replace("_", " "), best_marked(values, min, f".{digits}f", marks)))
+        if any(values) or name == "nats_per_token":
+            columns.append((name.replace("_", " "), best_marked(values, best, spec, marks)))
     for name in task_names(entries):
         values = [_accuracy(entry.tasks.get(name, ())) for entry in entries]
         columns.append((name, best_marked(values, max, ".1%", marks)))
@@ -243,10 +248,16 @@ def _count(value: int | None) -> str:
 
 
 def _loss(results: Sequence[HeldOut], name: str) -> Value | None:
-    if not results:
+    # Of what is no text there are no bytes, and earlier versions did not report accuracy.
+    losses = [result.loss for result in results]
+    missing = {
+        "bits_per_byte": not all(loss.bytes for loss in losses),
+        "accuracy": any(math.isnan(loss.accuracy) for loss in losses),
+    }
+    if not results or missing.get(name):
         return None
     error = results[0].loss.standard_error if name == "nats_per_token" else math.nan
-    values = [getattr(result.loss, name) for result in results]
+    values = [getattr(loss, name) for loss in losses]
     return Value(spread(values, error), results[0].setting)
 
 
