@@ -9,13 +9,15 @@ asked for (MQAR of Zoology, arXiv 2312.04927). Of the two layers the first atten
 the one before it, so that a value's key is known at the value; the second is the one in question.
 
 First comes how to recall: short rows of 64 tokens, 8 pairs side by side, dense attention. Without
-this, rows of 2,048 tokens taught nothing in 2,000 steps, with dense attention neither. Then comes
-what to keep: 32 pairs at random places among the first 1,024 of 2,048 tokens, filler between them
+this, 2,000 steps on long rows taught next to nothing, with dense attention neither. Then comes what
+to keep: 32 pairs at random places among the first 1,024 of 2,048 tokens, filler between them
 and behind them, each key again at least 513 tokens behind the last pair. A query sees 126 keys that
 were selected and the last two. What follows the colon is the model to start from.
 
 `python -m benchmarks.recall` trains the alternatives and the ablations in this way, and
-docs/results.md has what came out. Reproduces no paper result.
+docs/results.md has what came out. Reproduces no paper result. Seen on one H200 (jax 0.11.2): 100.0 %
+of the values recalled, in each of three seeds, by SparseK as by dense attention; 1.6 % by a window
+of as many keys.
 """
 
 import ml_collections
@@ -34,7 +36,7 @@ def get_config(start: str = "") -> ml_collections.ConfigDict:
     config.model.num_layers = 2
     config.model.d_model = 256
     config.model.mlp_dim = 512
-    config.model.tie_embeddings = False  # tied, the short rows took ten times as long
+    config.model.tie_embeddings = False  # tied, short rows took longer
     config.model.dtype = "bfloat16"
     config.attention.pattern = ("window", "sparsek" if start else "dense")
     config.attention.num_heads = 4
