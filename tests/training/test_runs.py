@@ -156,6 +156,11 @@ def test_meshes_agree_and_checkpoints_move_between_them(corpus, tmp_path):
             "config.train.stepz is not a field of the configuration; did you mean "
             "config.train.steps?",
         ),
+        (
+            "data.recall.gapp=2",
+            "config.data.recall.gapp is not a field of the configuration; did you mean "
+            "config.data.recall.gap?",
+        ),
         ("seed=-1", "seed=-1; expected an integer from 0"),
         ("attention.num_kv_heads=3", "attention.num_heads=4; expected a multiple"),
         (
@@ -213,6 +218,7 @@ def test_a_directory_that_cannot_be_is_named(corpus, tmp_path):
     ("override", "message"),
     [
         ("model.d_model=64", "model.d_model=64, but the run in workdir="),
+        ("data.recall.gap=2", "data.recall.gap=2, but the run in workdir="),
         ("train.steps=6", "already at step 12"),
     ],
 )
