@@ -135,6 +135,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.position_buckets = 8  # of context, each double the last
     # Edges between buckets instead of these, such as (2048, 4096, 6144).
     config.eval.position_edges = ()
+    # Context is all of the document before a token, even what a model without train.recurrent does
+    # not see of it, for being in another row: what that costs.
+    config.eval.by_document = False
     # Of eval.py --tasks: tokens of the prompts, how far into them the answer stands (0 to 1),
     # examples for each pair of these, and the seed of all examples.
     config.eval.task_lengths = (512, 1024, 2048)
@@ -325,15 +328,28 @@ def validate_recurrence(config: ml_collections.ConfigDict) -> None:
             f"attention.{field}={config.attention[field]!r} with train.recurrent=True; expected "
             f"kinds that have a memory ({', '.join(able)}), or train.recurrent=False"
         )
+    check_lanes(config, "train.recurrent")
+
+
+def check_lanes(config: ml_collections.ConfigDict, field: str) -> None:
+    """Checks that text can be read in rows that go on from the rows before.
+
+    Args:
+      config: A run's configuration.
+      field: The field that asks for it.
+
+    Raises:
+      ConfigError: It cannot.
+    """
     if config.data.packing != "segments":
         raise ConfigError(
-            f"data.packing={config.data.packing!r} with train.recurrent=True; expected 'segments', "
-            "since a document goes on from its own past"
+            f"data.packing={config.data.packing!r} with {field}=True; expected 'segments', since a "
+            f"document goes on from its own past, or {field}=False"
         )
     if config.data.recall.num_pairs:
         raise ConfigError(
-            f"data.recall.num_pairs={config.data.recall.num_pairs} with train.recurrent=True; "
-            "expected 0, since a row to recall is whole, or train.recurrent=False"
+            f"data.recall.num_pairs={config.data.recall.num_pairs} with {field}=True; expected 0, "
+            f"since what is to be recalled is in one row, or {field}=False"
         )
 
 
