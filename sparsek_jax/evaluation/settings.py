@@ -102,7 +102,8 @@ def evaluation_settings(
 
     Fields of `eval` come from `config`. Those of `data` and the attention's kind, pattern,
     num_selected, sliding_window, block_size, gating and implementation, and `train.recurrent`, come
-    from `config` if they are named in `overrides`, else from the run. Any other field must be the same in both.
+    from `config` if they are named in `overrides`, else from the run. Any other field must be the
+    same in both.
 
     Args:
       config: The recipe with the command line's overrides.

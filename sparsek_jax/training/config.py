@@ -311,9 +311,6 @@ def validate_recurrence(config: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: They cannot; the message names the fields.
     """
-    for field in ("recurrent", "recurrent_gradient"):
-        if not isinstance(config.train[field], bool):
-            raise ConfigError(f"train.{field}={config.train[field]!r}; expected True or False")
     if not config.train.recurrent:
         if config.train.recurrent_gradient:
             raise ConfigError(
