@@ -23,7 +23,7 @@ from sparsek_jax.data.recall_corpus import RecallCorpus, RecallValidation
 
 Batch = dict[str, np.ndarray]
 
-_STREAM = "stream"
+STREAM = "stream"
 
 
 def train_iterator(
@@ -62,7 +62,7 @@ def train_iterator(
       ValueError: an argument or field is out of range.
     """
     validate_data_config(config)
-    _check_shares(batch_size, process_index, process_count)
+    check_shares(batch_size, process_index, process_count)
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}; expected an integer from 0 to 2**32 - 1")
     if isinstance(corpus, RecallCorpus):
@@ -72,14 +72,14 @@ def train_iterator(
             process_index=process_index,
             process_count=process_count,
         )
-    documents = grain.MapDataset.source(_Documents(corpus, "train")).seed(seed).shuffle().repeat()
+    documents = grain.MapDataset.source(Documents(corpus, "train")).seed(seed).shuffle().repeat()
     rows = _pack(documents[process_index::process_count], config.seq_len)
     if config.shuffle_window > 1:
         window_seed = np.random.SeedSequence([seed, process_index]).generate_state(1)[0] // 2
         rows = grain_experimental.WindowShuffleIterDataset(
             rows, window_size=config.shuffle_window, seed=int(window_seed)
         )
-    batches = rows.map(_RowFields(config.packing)).batch(batch_size, drop_remainder=True)
+    batches = rows.map(RowFields(config.packing)).batch(batch_size, drop_remainder=True)
     return iter(batches)
 
 
@@ -111,11 +111,11 @@ class ValidationBatches:
         process_count: int = 1,
     ):
         validate_data_config(config)
-        _check_shares(batch_size, process_index, process_count)
-        documents = grain.MapDataset.source(_Documents(corpus, "validation"))
-        fields = _RowFields(config.packing)
+        check_shares(batch_size, process_index, process_count)
+        documents = grain.MapDataset.source(Documents(corpus, "validation"))
+        fields = RowFields(config.packing)
         self._rows = _pack(documents, config.seq_len).map(fields)
-        self._padding = fields(_empty_row(config.seq_len))
+        self._padding = fields(empty_row(config.seq_len))
         self._batch_size = batch_size
         self._process_index = process_index
         self._process_count = process_count
@@ -152,12 +152,12 @@ def validation_batches(
     }
     if isinstance(corpus, RecallCorpus):
         validate_data_config(config)
-        _check_shares(**share)
+        check_shares(**share)
         return RecallValidation(corpus, **share)
     return ValidationBatches(corpus, config, **share)
 
 
-class _Documents:
+class Documents:
     """Random access to documents as columns (input, target, document id)."""
 
     def __init__(self, corpus: Corpus, split: Split):
@@ -173,18 +173,19 @@ class _Documents:
         columns[0, 0], columns[1:, 0] = self._bos_id, tokens
         columns[:-1, 1], columns[-1, 1] = tokens, self._eos_id
         columns[:, 2] = index
-        return {_STREAM: columns}
+        return {STREAM: columns}
 
 
-class _RowFields:
+class RowFields:
     """Turns a packed row into the fields of a batch."""
 
     def __init__(self, packing: str):
         self._packing = packing
 
     def __call__(self, row: Mapping[str, np.ndarray]) -> Batch:
-        columns, segment_ids = row[_STREAM], row[f"{_STREAM}_segment_ids"]
-        positions = row[f"{_STREAM}_positions"]
+        """Returns the fields, each `[seq_len]`, of columns, segment ids and positions."""
+        columns, segment_ids = row[STREAM], row[f"{STREAM}_segment_ids"]
+        positions = row[f"{STREAM}_positions"]
         valid = segment_ids > 0
         if self._packing == "continuous":
             segment_ids = valid.astype(np.int32)
@@ -202,16 +203,16 @@ class _RowFields:
 def _pack(documents: grain.MapDataset, seq_len: int) -> grain.IterDataset:
     # No threads: a batch takes about a millisecond, and JAX computes the last step meanwhile.
     stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    packed = grain_experimental.ConcatThenSplitIterDataset(stream, length_struct={_STREAM: seq_len})
+    packed = grain_experimental.ConcatThenSplitIterDataset(stream, length_struct={STREAM: seq_len})
     return _JsonRestorable(packed)
 
 
-def _empty_row(seq_len: int) -> dict[str, np.ndarray]:
-    zeros = np.zeros(seq_len, np.int32)
+def empty_row(seq_len: int) -> dict[str, np.ndarray]:
+    """A packed row of nothing but padding, for `RowFields`."""
     return {
-        _STREAM: np.zeros((seq_len, 3), np.int32),
-        f"{_STREAM}_segment_ids": zeros,
-        f"{_STREAM}_positions": zeros,
+        STREAM: np.zeros((seq_len, 3), np.int32),
+        f"{STREAM}_segment_ids": np.zeros(seq_len, np.int32),
+        f"{STREAM}_positions": np.zeros(seq_len, np.int32),
     }
 
 
@@ -238,7 +239,8 @@ class _JsonRestorableIterator(grain.DatasetIterator):
         self._parent.set_state({**state, "remainder_slices": slices})
 
 
-def _check_shares(batch_size: int, process_index: int, process_count: int) -> None:
+def check_shares(batch_size: int, process_index: int, process_count: int) -> None:
+    """Raises a ValueError unless a process can have this share of the rows."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1")
     if not 0 <= process_index < process_count:

@@ -18,14 +18,21 @@ from jaxtyping import Array, Float32
 from rich.progress import track
 
 from sparsek_jax.data import Corpus, prepare, validation_batches
+from sparsek_jax.data.lanes import LaneValidation, without_past
 from sparsek_jax.data.tokenizer import TRAINED_TOKENIZER
 from sparsek_jax.evaluation.gates import GateTally, LayerGates, gate_sums
 from sparsek_jax.evaluation.perplexity import HeldOutLoss, LossTally, bucket_edges
 from sparsek_jax.evaluation.settings import Settings, evaluation_settings
 from sparsek_jax.nn import AttentionConfig
 from sparsek_jax.training.checkpoint import restore_model
-from sparsek_jax.training.config import ConfigError, decoder_config
+from sparsek_jax.training.config import (
+    ConfigError,
+    check_lanes,
+    decoder_config,
+    validate_recurrence,
+)
 from sparsek_jax.training.loss import LOSS_FIELDS, TokenLoss, hidden_states, token_loss
+from sparsek_jax.training.recurrence import Past, no_past, resumed_states
 from sparsek_jax.training.workdir import check_same_corpus, load_config
 
 
@@ -84,13 +91,18 @@ def evaluate(
     """
     settings = evaluation_settings(config, load_config(workdir), overrides)
     config = settings.config
+    recurrent, in_lanes = config.train.recurrent, config.train.recurrent or config.eval.by_document
+    validate_recurrence(config)
+    if config.eval.by_document:
+        check_lanes(config, "eval.by_document")
     try:
         corpus = _open_corpus(settings, load_config(workdir))
         if not settings.new_corpus:
             check_same_corpus(corpus, Path(workdir))
         model_config = decoder_config(config, corpus.tokenizer.vocab_size)
         model, step = restore_model(workdir, model_config, step=step)
-        batches = validation_batches(corpus, config.data, batch_size=config.eval.batch_size)
+        hold_out = LaneValidation if in_lanes else validation_batches
+        batches = hold_out(corpus, config.data, batch_size=config.eval.batch_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -107,8 +119,13 @@ def evaluate(
         )
     )
 
+    past = None
+    if recurrent:
+        past = jax.device_put(no_past(model, config.eval.batch_size), rows)
     edges = bucket_edges(
-        config.data.seq_len, config.eval.position_buckets, config.eval.position_edges
+        batches.longest if in_lanes else config.data.seq_len,
+        config.eval.position_buckets,
+        config.eval.position_edges,
     )
     loss = LossTally(corpus.tokenizer.byte_lengths, edges, len(corpus.validation))
     gates = GateTally(model_config.attention)
@@ -118,9 +135,14 @@ def evaluate(
         notes.append(f"eval.batches={count}: only the first of {len(batches):,} batches were read.")
         if not corpus.tokenizer.exact_bytes:
             notes.append("Bytes are estimated: this tokenizer does not keep every byte of a text.")
+    if recurrent:
+        notes.append("Rows went on from the rows before; scorers are judged in rows alone.")
     for batch in track(itertools.islice(batches, count), "Evaluating", total=count, transient=True):
-        arrays = jax.device_put({name: batch[name] for name in LOSS_FIELDS}, rows)
-        token_losses, sums = jax.device_get(measure(params, arrays))
+        # What a model without memory sees of a document begins with the row.
+        seen = without_past(batch) if in_lanes and not recurrent else batch
+        arrays = jax.device_put({name: seen[name] for name in LOSS_FIELDS}, rows)
+        (token_losses, sums), past = measure(params, past, arrays)
+        token_losses, sums = jax.device_get((token_losses, sums))
         loss.add(batch, token_losses.nats, token_losses.likeliest)
         gates.add(sums)
 
@@ -158,15 +180,25 @@ def _open_corpus(settings: Settings, saved: ml_collections.ConfigDict) -> Corpus
 def _measure(
     graphdef: nnx.GraphDef,
     params: nnx.State,
+    past: Past | None,
     batch: Mapping[str, Array],
     *,
     packing: str,
     rows: NamedSharding,
     loss_chunk: int,
-) -> tuple[TokenLoss, dict[int, dict[str, Float32[Array, " K"]]]]:
-    """Losses of every target, and the sums of every SparseK layer's gates."""
+) -> tuple[tuple[TokenLoss, dict[int, dict[str, Float32[Array, " K"]]]], Past | None]:
+    """Losses of every target, the sums of every SparseK layer's gates, and the next past.
+
+    There are no sums where rows go on from the rows before, whose keys they would have to count.
+    """
     model = nnx.merge(graphdef, params)
-    hidden, scores = hidden_states(model, batch, packing=packing, sharding=rows, return_scores=True)
+    if past is None:
+        hidden, scores = hidden_states(
+            model, batch, packing=packing, sharding=rows, return_scores=True
+        )
+    else:
+        past, hidden, _ = resumed_states(model, past, batch, sharding=rows)
+        scores = {}
     loss = token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
     valid = batch["loss_mask"] > 0
     sums = {
@@ -178,4 +210,4 @@ def _measure(
         )
         for layer, layer_scores in scores.items()
     }
-    return loss, sums
+    return (loss, sums), past

@@ -23,6 +23,8 @@ FREE_ATTENTION = (
     "attention.gating",
     "attention.implementation",
 )
+# What else the same weights can be run with.
+_FREE_FIELDS = (*FREE_ATTENTION, "train.recurrent")
 # Data fields that decide which text is read, as opposed to where it is kept or how it is cut.
 _SOURCE = ("glob", "tfds", "tfds_split", "tfds_text_field", "tfds_data_dir")
 _RECALL = tuple(f"recall.{name}" for name in default_data_config().recall)
@@ -64,12 +66,14 @@ class Settings:
         """
         attention = self.config.attention
         parts = ["+".join(attention.pattern) or attention.kind]
-        fields = (*FREE_ATTENTION[2:], *(f"data.{name}" for name in _ROWS))
+        fields = (*_FREE_FIELDS[2:], *(f"data.{name}" for name in _ROWS))
         parts += [
             f"{field.split('.')[1]}={self.changes[field][0]}"
             for field in fields
             if field in self.changes
         ]
+        if self.config.eval.by_document:
+            parts.append("by_document")
         if self.new_corpus:
             parts.append(corpus_name)
         return re.sub(r"[^\w.+=-]", "-", ",".join(parts).replace(",", "_"))
@@ -97,8 +101,9 @@ def evaluation_settings(
     """Combines a run's saved configuration with what is asked for.
 
     Fields of `eval` come from `config`. Those of `data` and the attention's kind, pattern,
-    num_selected, sliding_window, block_size, gating and implementation come from `config` if they
-    are named in `overrides`, else from the run. Any other field must be the same in both.
+    num_selected, sliding_window, block_size, gating and implementation, and `train.recurrent`, come
+    from `config` if they are named in `overrides`, else from the run. Any other field must be the
+    same in both.
 
     Args:
       config: The recipe with the command line's overrides.
@@ -111,7 +116,8 @@ def evaluation_settings(
     Raises:
       ConfigError: `config` differs from `saved` in another field, or a value is impossible.
     """
-    asked, trained = flat_fields(config), flat_fields(saved)
+    # Runs of versions without the field were trained as it says by default.
+    asked, trained = flat_fields(config), {"train.recurrent": False, **flat_fields(saved)}
     unknown = sorted(trained.keys() - asked.keys())
     if unknown:
         raise ConfigError(
@@ -125,7 +131,7 @@ def evaluation_settings(
         section = field.split(".")[0]
         if section == "eval" or value == old:
             continue
-        if section != "data" and field not in FREE_ATTENTION:
+        if section != "data" and field not in _FREE_FIELDS:
             conflicts.append(f"{field}={value!r} (the run: {old!r})")
         elif field in overrides:
             changes[field] = (value, old)

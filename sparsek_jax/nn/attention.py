@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.cache import LayerCache, ScoredCache
 from sparsek_jax.nn.config import AttentionConfig
+from sparsek_jax.nn.memory import LayerMemory
 from sparsek_jax.nn.norms import TimestepState, make_norm
 from sparsek_jax.nn.rotary import (
     apply_rotary,
@@ -17,6 +18,8 @@ from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import SparseKCache, extend_cache, init_cache, sparsek_attention
 from sparsek_jax.ops.attention import Gating
+from sparsek_jax.ops.cache import default_support_size
+from sparsek_jax.ops.memory import attend_after, goes_on, init_memory
 
 
 def float32_linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, **kwargs) -> nnx.Linear:
@@ -46,9 +49,11 @@ class Attention(nnx.Module):
 
     Attributes:
       needs_room: Whether generation remembers all tokens, for which there must be room.
+      has_memory: Whether a row can go on from the row before, by `resume`.
     """
 
     needs_room = False
+    has_memory = False
 
     def __init__(
         self,
@@ -131,6 +136,37 @@ class Attention(nnx.Module):
         out = self._merge(mixed)
         return (out, scores) if return_scores else out
 
+    def resume(
+        self,
+        x: Float[Array, "B T D"],
+        memory: LayerMemory,
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        sharding: jax.sharding.NamedSharding | None = None,
+        layer: int | Int[Array, ""] = 0,
+    ) -> tuple[LayerMemory, Float[Array, "B T D"], Float[Array, "B T K"] | None]:
+        """Attends as a call does, from the first document of a row also to the rows before.
+
+        Args:
+          x: Normalised hidden state, `[B, T, d_model]`.
+          memory: Of the rows before, as `init_memory` makes it.
+          positions: The tokens' positions in their documents; where that of a row's first token is
+            not 0 and the memory ends there, the row goes on from it.
+          segment_ids: Ids of packed documents.
+          sharding: As for a call.
+          layer: As for a call.
+
+        Returns:
+          The memory of the last document of every row, the output, and the scores of the row's keys
+          or None.
+        """
+        heads = self._project(x, positions)
+        memory, mixed, scores = self.mix_after(
+            memory, x, *heads, positions, segment_ids, sharding, layer
+        )
+        return memory, self._merge(mixed), scores
+
     def extend(
         self,
         x: Float[Array, "B C D"],
@@ -186,6 +222,21 @@ class Attention(nnx.Module):
         """Returns attention output `[B, T, N, H]` and learned scores or None."""
         raise NotImplementedError
 
+    def mix_after(
+        self,
+        memory: LayerMemory,
+        x: Float[Array, "B T D"],
+        query: Float[Array, "B T N H"],
+        key: Float[Array, "B T K H"],
+        value: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        sharding: jax.sharding.NamedSharding | None,
+        layer: int | Int[Array, ""],
+    ) -> tuple[LayerMemory, Float[Array, "B T N H"], Float[Array, "B T K"] | None]:
+        """Returns the next memory, attention output `[B, T, N, H]` and learned scores or None."""
+        raise NotImplementedError
+
     def mix_next(
         self,
         x: Float[Array, "B C D"],
@@ -212,6 +263,15 @@ class Attention(nnx.Module):
         """
         raise NotImplementedError
 
+    def init_memory(self, batch_size: int, *, support_size: int | None = None) -> LayerMemory:
+        """Makes an empty memory.
+
+        Args:
+          batch_size: B.
+          support_size: As in `Decoder.init_memory`.
+        """
+        raise NotImplementedError
+
 
 class SelectiveAttention(Attention):
     """Attention over a sliding window and the k keys of the highest scores, which kinds define.
@@ -221,6 +281,7 @@ class SelectiveAttention(Attention):
       shared_scores: Whether all KV heads have one score per token.
     """
 
+    has_memory = True
     gating: Gating
     shared_scores: bool
 
@@ -246,14 +307,45 @@ class SelectiveAttention(Attention):
         """Returns the cache's `norm` and scores `[B, C, K or 1]` of the next tokens."""
         raise NotImplementedError
 
+    def score_after(
+        self,
+        memory: LayerMemory,
+        x: Float[Array, "B T D"],
+        key: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        layer: int | Int[Array, ""],
+    ) -> tuple[TimestepState | None, Float32[Array, "B T K"]]:
+        """Returns the memory's next `norm` and scores `[B, T, K or 1]` of whole rows."""
+        raise NotImplementedError
+
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
         scores = self.score(x, key, segment_ids, layer)
-        attend = self.attend
-        if sharding is not None and sharding.num_devices > 1:
-            # The compiler cannot split a GPU kernel.
-            attend = split_over_rows_and_heads(attend, sharding, scores.shape[2], key.shape[2])
+        attend = self._attend_on(sharding, scores.shape[2], key.shape[2])
         return attend(query, key, value, scores, segment_ids), scores
+
+    def mix_after(self, memory, x, query, key, value, positions, segment_ids, sharding, layer):
+        """Returns the next memory, attention output `[B, T, N, H]` and scores `[B, T, K or 1]`."""
+        norm, scores = self.score_after(memory, x, key, positions, segment_ids, layer)
+        keys, out = attend_after(
+            memory.keys,
+            self._attend_on(sharding, scores.shape[2], key.shape[2]),
+            query,
+            key,
+            value,
+            scores,
+            positions=positions,
+            segment_ids=segment_ids,
+        )
+        return LayerMemory(keys, norm), out, scores
+
+    def _attend_on(self, sharding, num_scores, num_kv_heads):
+        """`attend` on the devices of a sharding."""
+        if sharding is None or sharding.num_devices == 1:
+            return self.attend
+        # The compiler cannot split a GPU kernel.
+        return split_over_rows_and_heads(self.attend, sharding, num_scores, num_kv_heads)
 
     def attend(
         self,
@@ -320,6 +412,20 @@ class SelectiveAttention(Attention):
         )
         return ScoredCache(sparsek, None)
 
+    def init_memory(self, batch_size, *, support_size=None) -> LayerMemory:
+        """Makes an empty memory; without learned scores it needs no support."""
+        memory = init_memory(
+            batch_size,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            num_selected=self.config.num_selected,
+            sliding_window=self.config.sliding_window,
+            num_scores=1 if self.shared_scores else self.config.num_kv_heads,
+            support_size=support_size or 0,
+            dtype=self.dtype,
+        )
+        return LayerMemory(memory, None)
+
 
 class SparseKAttention(SelectiveAttention):
     """Attention over a sliding window and the k keys that a learned score selects.
@@ -349,6 +455,25 @@ class SparseKAttention(SelectiveAttention):
         """Returns the norm's state and scores `[B, C, K or 1]` of the next tokens."""
         del key, layer
         return self.scorer.extend(x, norm, positions=positions, num_tokens=num_tokens)
+
+    def score_after(self, memory, x, key, positions, segment_ids, layer):
+        """Returns the norm's state and scores `[B, T, K or 1]` of whole rows."""
+        del key, layer
+        return self.scorer.resume(
+            x,
+            memory.norm,
+            positions=positions,
+            segment_ids=segment_ids,
+            goes_on=goes_on(memory.keys, positions),
+        )
+
+    def init_memory(self, batch_size, *, support_size=None) -> LayerMemory:
+        """Makes an empty memory, by default with as large a support as a cache has."""
+        if support_size is None:
+            support_size = default_support_size(self.config.num_selected)
+        memory = super().init_memory(batch_size, support_size=support_size)
+        norm = self.scorer.norm
+        return memory if norm is None else LayerMemory(memory.keys, norm.init_state(batch_size))
 
     def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
         """Makes an empty cache of constant size."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.cache import DecoderCache, LayerCache, check_room
 from sparsek_jax.nn.config import DecoderConfig
+from sparsek_jax.nn.memory import DecoderMemory, LayerMemory
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.nn.rotary import document_positions
 from sparsek_jax.ops.cache import checked_num_tokens
@@ -71,22 +72,22 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
+        memory: LayerMemory | None = None,
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
         sharding: jax.sharding.NamedSharding | None,
         layer: int | Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None]:
-        """Returns the new residual stream, and the attention's scores if it learns any."""
-        attended, scores = self.attention(
-            self.attention_norm(x).astype(x.dtype),
-            positions=positions,
-            segment_ids=segment_ids,
-            sharding=sharding,
-            layer=layer,
-            return_scores=True,
-        )
-        return self._residual(x, attended), scores
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T K"] | None, LayerMemory | None]:
+        """Returns the new residual stream, the scores if any are learned, and the next memory."""
+        normalised = self.attention_norm(x).astype(x.dtype)
+        options = {"positions": positions, "segment_ids": segment_ids}
+        options |= {"sharding": sharding, "layer": layer}
+        if memory is None:
+            attended, scores = self.attention(normalised, **options, return_scores=True)
+        else:
+            memory, attended, scores = self.attention.resume(normalised, memory, **options)
+        return self._residual(x, attended), scores, memory
 
     def extend(
         self,
@@ -191,6 +192,61 @@ class Decoder(nnx.Module):
             _check_integers("segment_ids", segment_ids, tokens.shape)
         if positions is None:
             positions = document_positions(segment_ids, *tokens.shape)
+        memory = (None,) * self.config.num_layers
+        _, x, scores = self._through_layers(memory, tokens, positions, segment_ids, sharding)
+        return (x, scores) if return_scores else x
+
+    def init_memory(self, batch_size: int, *, support_size: int | None = None) -> DecoderMemory:
+        """Makes an empty memory, to read documents in rows with `resume`.
+
+        Args:
+          batch_size: B.
+          support_size: How many scores of dropped keys SparseK layers remember per score head; by
+            default as many as a cache.
+
+        Raises:
+          NotImplementedError: A layer's kind of attention has no memory.
+        """
+        return tuple(
+            self.layers[i % len(self.layers)].attention.init_memory(
+                batch_size, support_size=support_size
+            )
+            for i in range(self.config.num_layers)
+        )
+
+    def resume(
+        self,
+        tokens: Int[Array, "B T"],
+        memory: DecoderMemory,
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        sharding: jax.sharding.NamedSharding | None = None,
+    ) -> tuple[DecoderMemory, Float[Array, "B T D"], dict[int, Float32[Array, "B T K"]]]:
+        """Hidden states of rows of documents that go on from the rows before.
+
+        They are those of whole documents, up to rounding, as long as SparseK's supports suffice.
+
+        Args:
+          tokens: Token ids, `[B, T]`.
+          memory: Of the rows before.
+          positions: In the documents. Where a row begins with the position that its memory ends at,
+            its first document is the last one of the row before.
+          segment_ids: Ids of packed documents (maximal runs of equal ids).
+          sharding: As in `hidden`.
+
+        Returns:
+          The memory of every row's last document, and what `hidden` returns with `return_scores`.
+
+        Raises:
+          ValueError: An argument has the wrong shape or dtype.
+        """
+        _check_integers("tokens", tokens, None)
+        _check_integers("segment_ids", segment_ids, tokens.shape)
+        return self._through_layers(memory, tokens, positions, segment_ids, sharding)
+
+    def _through_layers(self, memory, tokens, positions, segment_ids, sharding):
+        """The next memory (a tuple of None where there is none), hidden states, and scores."""
         _check_integers("positions", positions, tokens.shape)
         x = self._embed(tokens)
         if sharding is not None:
@@ -214,25 +270,35 @@ class Decoder(nnx.Module):
         if self.config.scan_layers:
 
             def repetition(x, inputs):
-                states, first = inputs
-                scores = []
-                for offset, (block, state) in enumerate(zip(blocks, states, strict=True)):
-                    x, block_scores = block(state, x, layer=first + offset)
+                states, memories, first = inputs
+                scores, after = [], []
+                zipped = zip(blocks, states, memories, strict=True)
+                for offset, (block, state, before) in enumerate(zipped):
+                    x, block_scores, block_memory = block(state, x, before, layer=first + offset)
                     scores.append(block_scores)
-                return x, scores
+                    after.append(block_memory)
+                return x, (scores, after)
 
-            x, stacked = jax.lax.scan(repetition, x, (states, self._first_layers()))
+            period = len(blocks)
+            memories = [_stacked(memory[offset::period]) for offset in range(period)]
+            inputs = (states, memories, self._first_layers())
+            x, (stacked, memories) = jax.lax.scan(repetition, x, inputs)
             for offset, block_scores in enumerate(stacked):
                 if block_scores is not None:
-                    indices = range(offset, self.config.num_layers, len(blocks))
+                    indices = range(offset, self.config.num_layers, period)
                     scores |= dict(zip(indices, block_scores, strict=True))
+            memory = _unstacked(memories, self.config.num_layers)
         else:
-            for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
-                x, block_scores = block(state, x, layer=i)
+            memories = []
+            zipped = zip(blocks, states, memory, strict=True)
+            for i, (block, state, before) in enumerate(zipped):
+                x, block_scores, block_memory = block(state, x, before, layer=i)
+                memories.append(block_memory)
                 if block_scores is not None:
                     scores[i] = block_scores
+            memory = tuple(memories)
         x = self.final_norm(x).astype(self.config.dtype)
-        return (x, dict(sorted(scores.items()))) if return_scores else x
+        return memory, x, dict(sorted(scores.items()))
 
     def _embed(self, tokens):
         # `take` makes an id outside the vocabulary NaN; an index would be clamped.
@@ -348,15 +414,10 @@ class Decoder(nnx.Module):
             return x, extended
 
         stacked = [
-            (state, jax.tree.map(lambda *x: jnp.stack(x), *caches[offset::period]))
-            for offset, (_, state) in enumerate(splits)
+            (state, _stacked(caches[offset::period])) for offset, (_, state) in enumerate(splits)
         ]
         x, extended = jax.lax.scan(repetition, x, (stacked, self._first_layers()))
-        layers = [
-            jax.tree.map(lambda x, i=i: x[i // period], extended[i % period])
-            for i in range(len(caches))
-        ]
-        return layers, x
+        return _unstacked(extended, len(caches)), x
 
 
 def output_logits(
@@ -366,14 +427,27 @@ def output_logits(
     return einsum_f32("...d,vd->...v", hidden, table.astype(hidden.dtype))
 
 
-def _apply(graphdef, state, x, *, layer, positions, segment_ids, sharding):
+def _stacked(layers):
+    """One tree for layers that are scanned over."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def _unstacked(stacks, num_layers):
+    """The trees of all layers, by layer, of a stack for each kind in the pattern."""
+    period = len(stacks)
+    return tuple(
+        jax.tree.map(lambda x, i=i: x[i // period], stacks[i % period]) for i in range(num_layers)
+    )
+
+
+def _apply(graphdef, state, x, memory, *, layer, positions, segment_ids, sharding):
     block = nnx.merge(graphdef, state)
-    x, scores = block(
-        x, positions=positions, segment_ids=segment_ids, sharding=sharding, layer=layer
+    x, scores, memory = block(
+        x, memory, positions=positions, segment_ids=segment_ids, sharding=sharding, layer=layer
     )
     if sharding is not None:
         x = jax.lax.with_sharding_constraint(x, sharding)
-    return x, scores
+    return x, scores, memory
 
 
 def _rematerialised(function, config: DecoderConfig):

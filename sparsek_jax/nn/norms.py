@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 
 def make_norm(kind: str, num_features: int, epsilon: float, *, rngs: nnx.Rngs) -> nnx.Module:
@@ -133,6 +133,42 @@ class TimestepNorm(nnx.Module):
             first=jnp.where(num_tokens[:, None] > 0, first, state.first),
             mean=remembered(mean, state.mean),
             m2=remembered(m2, state.m2),
+        )
+        return state, self._normalised(x, count, mean, m2)
+
+    def resume(
+        self,
+        x: Float[Array, "B T K"],
+        state: TimestepState,
+        start: Int[Array, "B T"],
+        goes_on: Bool[Array, " B"],
+    ) -> tuple[TimestepState, Float[Array, "B T K"]]:
+        """Normalises rows of which the first document may go on from the row before.
+
+        Args:
+          x: Values, float32.
+          state: Of the document before, up to its last position.
+          start: Every position's document start in the row.
+          goes_on: Whether the first document of the row is that document.
+
+        Returns:
+          The state of the last document of every row, and the normalised values.
+        """
+        old = goes_on[:, None, None] & (start == 0)[:, :, None]
+        first = jnp.take_along_axis(x, start[:, :, None], axis=1)
+        first = jax.lax.stop_gradient(jnp.where(old, state.first[:, None], first))
+        x = x - first
+        before = (
+            state.count[:, None, None].astype(x.dtype),
+            state.mean[:, None],
+            state.m2[:, None],
+        )
+        count, mean, m2 = _merged(before, timestep_statistics(x, start), old)
+        state = TimestepState(
+            count=count[:, -1, 0].astype(jnp.int32),
+            first=first[:, -1],
+            mean=mean[:, -1],
+            m2=m2[:, -1],
         )
         return state, self._normalised(x, count, mean, m2)
 

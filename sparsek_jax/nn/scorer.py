@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsek_jax.nn.norms import TimestepNorm, TimestepState
 from sparsek_jax.ops.products import einsum_f32
@@ -116,6 +116,33 @@ class ScoringNetwork(nnx.Module):
         scores = self._project(x)
         if self.norm is not None:
             state, scores = self.norm.extend(scores, state, num_tokens)
+        return state, keep_sinks_next(self._sloped(scores, positions), positions, self.num_sinks)
+
+    def resume(
+        self,
+        x: Float[Array, "B T D"],
+        state: TimestepState | None,
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        goes_on: Bool[Array, " B"],
+    ) -> tuple[TimestepState | None, Float[Array, "B T K"]]:
+        """Scores rows of which the first document may go on from the row before.
+
+        Args:
+          x: Hidden states.
+          state: What the norm remembers of the rows before; None without a norm.
+          positions: The tokens' positions in their documents.
+          segment_ids: Ids of the documents.
+          goes_on: Whether the first document of the row is the last one of the row before.
+
+        Returns:
+          The new state, and float32 scores `[B, T, num_scores]`.
+        """
+        scores = self._project(x)
+        if self.norm is not None:
+            start, _ = document_bounds(segment_ids, *x.shape[:2])
+            state, scores = self.norm.resume(scores, state, start, goes_on)
         return state, keep_sinks_next(self._sloped(scores, positions), positions, self.num_sinks)
 
     def _project(self, x):

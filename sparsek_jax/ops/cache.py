@@ -178,7 +178,7 @@ def init_cache(
 
     support = None
     if gating == "soft":
-        size = 4 * num_selected if support_size is None else support_size
+        size = default_support_size(num_selected) if support_size is None else support_size
         support = Support(
             score=empty("score", num_scores, size, dtype=jnp.float32),
             tau=empty("tau", num_scores, dtype=jnp.float32),
@@ -195,6 +195,11 @@ def init_cache(
         num_selected=num_selected,
         sliding_window=sliding_window,
     )
+
+
+def default_support_size(num_selected: int) -> int:
+    """How many scores of dropped keys are remembered unless another number is asked for."""
+    return 4 * num_selected
 
 
 def reset_cache(cache: SparseKCache, rows: Bool[Array, " B"]) -> SparseKCache:

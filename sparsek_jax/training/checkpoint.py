@@ -36,7 +36,7 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """Checkpoints of one run: parameters, optimizer state and data iterator of a step together."""
+    """Checkpoints of one run: the trainer's state and the data iterator of a step together."""
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int):
         """Opens or creates the run's checkpoints, of which the newest `keep` are kept."""
@@ -47,21 +47,21 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._workdir / "checkpoints", options=options)
         self._unsealed: list[int] = []
 
-    def save(
-        self, step: int, params: Params, optimizer: Any, iterator: grain.DatasetIterator
-    ) -> None:
+    def save(self, step: int, state: dict[str, Any], iterator: grain.DatasetIterator) -> None:
         """Starts writing a step in the background; does nothing if it is already there.
+
+        Args:
+          step: Its number.
+          state: Trees of arrays by name, "params" among them; every one gets a directory.
+          iterator: Of the data.
 
         Raises:
           CheckpointError: This step, or the one started before, cannot be written.
         """
         if step in self._manager.all_steps():
             return
-        args = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            optimizer=ocp.args.StandardSave(optimizer),
-            data=CheckpointSave(iterator),
-        )
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+        args = ocp.args.Composite(**trees, data=CheckpointSave(iterator))
         with self._write_errors():
             self._manager.save(step, args=args)
         self._unsealed.append(step)
@@ -116,30 +116,26 @@ class Checkpoints:
             ) from error
 
     def restore(
-        self, params: Any, optimizer: Any, iterator: grain.DatasetIterator
-    ) -> tuple[int, Params, Any] | None:
+        self, state: dict[str, Any], iterator: grain.DatasetIterator
+    ) -> tuple[int, dict[str, Any]] | None:
         """Restores the newest step that is intact, and advances `iterator` to it.
 
         Args:
-          params: Abstract parameters with shardings.
-          optimizer: Abstract optimizer state with shardings.
+          state: What was saved, with abstract arrays that have shardings.
           iterator: Of the same data section; changed in place.
 
         Returns:
-          Step, parameters and optimizer state, or None if the run has no checkpoint.
+          Step and state, or None if the run has no checkpoint.
 
         Raises:
           CheckpointError: Checkpoints exist, or were there once, but none is intact.
         """
 
         def read(step):
-            args = ocp.args.Composite(
-                params=ocp.args.StandardRestore(params),
-                optimizer=ocp.args.StandardRestore(optimizer),
-                data=CheckpointRestore(iterator),
-            )
+            trees = {name: ocp.args.StandardRestore(tree) for name, tree in state.items()}
+            args = ocp.args.Composite(**trees, data=CheckpointRestore(iterator))
             restored = self._manager.restore(step, args=args)
-            return restored["params"], restored["optimizer"]
+            return {name: restored[name] for name in state}
 
         found = _newest_intact(self._workdir, read)
         if found is None:
@@ -150,11 +146,11 @@ class Checkpoints:
                     "holds none; put them back, or start again in another --workdir"
                 )
             return None
-        step, (params, optimizer) = found
+        step, restored = found
         if not self._manifest(step).exists():
             self._unsealed.append(step)
         self._quarantine_after(step)
-        return step, params, optimizer
+        return step, restored
 
     def _manifest(self, step: int) -> Path:
         return _manifest(self._workdir, step)

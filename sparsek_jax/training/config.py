@@ -11,6 +11,7 @@ import ml_collections
 
 from sparsek_jax import nn
 from sparsek_jax.data import default_data_config, validate_data_config
+from sparsek_jax.nn.alternatives import LAYERS
 
 
 class ConfigError(ValueError):
@@ -115,6 +116,12 @@ def default_config() -> ml_collections.ConfigDict:
     config.train.checkpoint_every = 200
     config.train.keep = 3  # newest checkpoints kept
     config.train.max_bad_steps = 5  # stop after so many non-finite steps in a row
+    # A document that is longer than a row goes on in the same row of the next step, with what the
+    # attention remembers of it; docs/recurrent.md. Else it is cut into rows that know nothing of
+    # each other.
+    config.train.recurrent = False
+    # With train.recurrent: what is remembered also learns from the next row's loss.
+    config.train.recurrent_gradient = False
 
     # Text that train.py prints at the end.
     config.sample = ml_collections.ConfigDict()
@@ -128,6 +135,9 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval.position_buckets = 8  # of context, each double the last
     # Edges between buckets instead of these, such as (2048, 4096, 6144).
     config.eval.position_edges = ()
+    # Context is all of the document before a token, even what a model without train.recurrent does
+    # not see of it, for being in another row: what that costs.
+    config.eval.by_document = False
     # Of eval.py --tasks: tokens of the prompts, how far into them the answer stands (0 to 1),
     # examples for each pair of these, and the seed of all examples.
     config.eval.task_lengths = (512, 1024, 2048)
@@ -254,6 +264,7 @@ def validate_config(
     for field in ("train.eval_every", "train.eval_batches", "sample.length"):
         _at_least(config, field, 0)
     _at_least(config, "sample.temperature", 0)
+    validate_recurrence(config)
     validate_eval_config(config.eval)
     if config.optimizer.warmup_steps >= config.train.steps:
         raise ConfigError(
@@ -291,6 +302,51 @@ def validate_config(
         raise ConfigError(
             f"model.d_model={config.model.d_model}; expected a multiple of "
             f"mesh.fsdp={shape['fsdp']}"
+        )
+
+
+def validate_recurrence(config: ml_collections.ConfigDict) -> None:
+    """Checks that rows can go on from the rows before, if they shall.
+
+    Raises:
+      ConfigError: They cannot; the message names the fields.
+    """
+    if not config.train.recurrent:
+        if config.train.recurrent_gradient:
+            raise ConfigError(
+                "train.recurrent_gradient=True with train.recurrent=False; expected "
+                "train.recurrent=True, or no gradients that go from row to row"
+            )
+        return
+    field = "pattern" if config.attention.pattern else "kind"
+    able = [kind for kind, layer in LAYERS.items() if layer.has_memory]
+    if not {*(config.attention.pattern or [config.attention.kind])} <= {*able}:
+        raise ConfigError(
+            f"attention.{field}={config.attention[field]!r} with train.recurrent=True; expected "
+            f"kinds that have a memory ({', '.join(able)}), or train.recurrent=False"
+        )
+    check_lanes(config, "train.recurrent")
+
+
+def check_lanes(config: ml_collections.ConfigDict, field: str) -> None:
+    """Checks that text can be read in rows that go on from the rows before.
+
+    Args:
+      config: A run's configuration.
+      field: The field that asks for it.
+
+    Raises:
+      ConfigError: It cannot.
+    """
+    if config.data.packing != "segments":
+        raise ConfigError(
+            f"data.packing={config.data.packing!r} with {field}=True; expected 'segments', since a "
+            f"document goes on from its own past, or {field}=False"
+        )
+    if config.data.recall.num_pairs:
+        raise ConfigError(
+            f"data.recall.num_pairs={config.data.recall.num_pairs} with {field}=True; expected 0, "
+            f"since what is to be recalled is in one row, or {field}=False"
         )
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float32
 
 from sparsek_jax import nn
 from sparsek_jax.data import Corpus, prepare, train_iterator, validation_batches
+from sparsek_jax.data.lanes import LaneValidation, lane_iterator
 from sparsek_jax.training import sharding
 from sparsek_jax.training.checkpoint import Checkpoints
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
@@ -33,6 +34,7 @@ from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_loss
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from sparsek_jax.training.parameters import ModelDefinition, define, is_scorer, split
+from sparsek_jax.training.recurrence import no_past, resumed_states
 from sparsek_jax.training.signals import stop_signals
 from sparsek_jax.training.workdir import (
     check_same_corpus,
@@ -106,18 +108,26 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         "process_count": jax.process_count(),
         "batch_size": config.train.batch_size // jax.process_count(),
     }
-    iterator = train_iterator(corpus, config.data, seed=config.seed, **processes)
-    held_out = validation_batches(corpus, config.data, **processes)
+    iterate, hold_out = (
+        (lane_iterator, LaneValidation)
+        if config.train.recurrent
+        else (train_iterator, validation_batches)
+    )
+    iterator = iterate(corpus, config.data, seed=config.seed, **processes)
+    held_out = hold_out(corpus, config.data, **processes)
 
     init = functools.partial(_init, config, model_config, optimizer)
     state_shape = jax.eval_shape(init)
     shardings = sharding.tree_shardings(state_shape, mesh)
+    if config.train.recurrent:
+        rows = NamedSharding(mesh, sharding.ROWS)
+        shardings["past"] = jax.tree.map(lambda _: rows, state_shape["past"])
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state_shape, shardings
     )
     # Whatever ends the run, the checkpoint that is being written gets finished.
     with contextlib.closing(Checkpoints(workdir, keep=config.train.keep)) as checkpoints:
-        restored = checkpoints.restore(abstract["params"], abstract["optimizer"], iterator)
+        restored = checkpoints.restore(abstract, iterator)
         if restored is None:
             step, state = 0, jax.jit(init, out_shardings=shardings)()
             if config.init_from:
@@ -132,13 +142,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
                     f"starting from the weights of step {start} of {config.init_from}", flush=True
                 )
         else:
-            step, params, optimizer_state = restored
+            step, state = restored
             if step > config.train.steps:
                 raise ConfigError(
                     f"train.steps={config.train.steps}, but the run in workdir={str(workdir)!r} "
                     f"is already at step {step}; expected at least that"
                 )
-            state = {"params": params, "optimizer": optimizer_state}
             print(f"resuming from step {step} of {workdir}", flush=True)
         if jax.process_index() == 0:
             save_run(workdir, config, corpus)
@@ -167,7 +176,8 @@ def train_step(
       config: The run's configuration.
       loss_chunk: Positions per row whose logits exist at a time.
       rows: How rows are spread over the devices.
-      state: Parameters and optimizer state.
+      state: Parameters and optimizer state; where rows go on from the rows before, also their
+        past.
       batch: Fields of a batch, `[B, T]`.
 
     Returns:
@@ -179,26 +189,29 @@ def train_step(
     def loss(params, piece):
         """This piece's share of the batch's loss, so that pieces add up to it exactly."""
         model = definition.merge(params)
-        token = _loss(model, piece, config, loss_chunk, rows)
-        mean_nats = jnp.sum(token.nats * piece["loss_mask"]) / num_targets
-        penalty = jnp.sum(token.log_z**2 * piece["loss_mask"]) / num_targets
-        return mean_nats + config.optimizer.z_loss * penalty, mean_nats
+        token, past = _loss(model, *piece, config, loss_chunk, rows)
+        mask = piece[1]["loss_mask"]
+        mean_nats = jnp.sum(token.nats * mask) / num_targets
+        penalty = jnp.sum(token.log_z**2 * mask) / num_targets
+        return mean_nats + config.optimizer.z_loss * penalty, (mean_nats, past)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
+    whole = (state.get("past"), batch)
     if pieces == 1:
-        (_, mean_nats), gradients = gradient(state["params"], batch)
+        (_, (mean_nats, past)), gradients = gradient(state["params"], whole)
     else:
 
         def add(total, piece):
-            (_, mean_nats), gradients = gradient(state["params"], piece)
-            return jax.tree.map(jnp.add, total, (mean_nats, gradients)), None
+            (_, (mean_nats, past)), gradients = gradient(state["params"], piece)
+            return jax.tree.map(jnp.add, total, (mean_nats, gradients)), past
 
         # Row i goes to piece i modulo their number, so every piece stays spread over the devices.
         split_rows = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), batch
+            lambda x: jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0), whole
         )
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state["params"]))
-        (mean_nats, gradients), _ = jax.lax.scan(add, zero, split_rows)
+        (mean_nats, gradients), past = jax.lax.scan(add, zero, split_rows)
+        past = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), past)
 
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(mean_nats) & jnp.isfinite(norm)
@@ -227,21 +240,35 @@ def train_step(
         schedule = learning_rate_schedule(config, scorers=True)
         metrics["scorer_learning_rate"] = schedule(update)
     new_state = {"params": params, "optimizer": {"inner": inner, "counters": counters}}
+    if config.train.recurrent:
+        # The past of a step that is left out ends before the next rows begin: it does not count.
+        new_state["past"] = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), past, state["past"]
+        )
     return new_state, metrics
 
 
-def _loss(model, batch, config, loss_chunk, rows):
-    hidden = hidden_states(model, batch, packing=config.data.packing, sharding=rows)
-    return token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
+def _loss(model, past, batch, config, loss_chunk, rows):
+    if past is None:
+        hidden = hidden_states(model, batch, packing=config.data.packing, sharding=rows)
+    else:
+        past, hidden, _ = resumed_states(model, past, batch, sharding=rows)
+    loss = token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
+    return loss, past
 
 
 def _init(config, model_config, optimizer):
-    _, params = split(nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))
+    model = nn.Decoder(model_config, rngs=nnx.Rngs(config.seed))
+    _, params = split(model)
     counters = {name: jnp.int32(0) for name in ("skipped", "bad_in_row", "updates")}
-    return {
+    state = {
         "params": params,
         "optimizer": {"inner": optimizer.init(params), "counters": counters},
     }
+    if config.train.recurrent:
+        row_length = config.data.seq_len if config.train.recurrent_gradient else None
+        state["past"] = no_past(model, config.train.batch_size, row_length)
+    return state
 
 
 class _Run:
@@ -266,6 +293,9 @@ class _Run:
             out_shardings=(shardings, None),
         )
         self.evaluate = jax.jit(functools.partial(_sums, definition, config, loss_chunk, self.rows))
+        self.no_past = jax.jit(
+            functools.partial(_no_past, definition, config), out_shardings=self.rows
+        )
         self.model_config = decoder_config(config, corpus.tokenizer.vocab_size)
         # The peaks that are known are those of bfloat16.
         is_bfloat16 = config.model.dtype == "bfloat16"
@@ -306,12 +336,12 @@ class _Run:
             if validates:
                 log.validation(step, *self._validate(state["params"], held_out))
             if saves:
-                checkpoints.save(step, state["params"], state["optimizer"], iterator)
+                checkpoints.save(step, state, iterator)
                 log.timer.pause()
         if pending:
             log.arrived(*pending)
         if step < config.steps:
-            checkpoints.save(step, state["params"], state["optimizer"], iterator)
+            checkpoints.save(step, state, iterator)
             checkpoints.wait()
             print(
                 f"\nstopped at step {step} of {config.steps} by {stop.name}; checkpoint saved in "
@@ -330,18 +360,24 @@ class _Run:
     def _validate(self, params, held_out):
         """Mean nats and accuracy of held-out tokens over `train.eval_batches` batches."""
         limit = self.config.train.eval_batches or len(held_out)
-        sums = [
-            self.evaluate(params, self._to_devices(batch))
-            for batch in itertools.islice(held_out, limit)
-        ]
+        sums, past = [], self.no_past(params)
+        for batch in itertools.islice(held_out, limit):
+            batch_sums, past = self.evaluate(params, past, self._to_devices(batch))
+            sums.append(batch_sums)
         nats, right, count = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         return float(nats / count), float(right / count)
 
 
-def _sums(definition, config, loss_chunk, rows, params, batch):
-    loss = _loss(definition.merge(params), batch, config, loss_chunk, rows)
+def _no_past(definition, config, params):
+    if not config.train.recurrent:
+        return None
+    return no_past(definition.merge(params), config.train.batch_size)
+
+
+def _sums(definition, config, loss_chunk, rows, params, past, batch):
+    loss, past = _loss(definition.merge(params), past, batch, config, loss_chunk, rows)
     sums = (jnp.sum(x * batch["loss_mask"]) for x in (loss.nats, loss.likeliest))
-    return *sums, jnp.sum(batch["loss_mask"])
+    return (*sums, jnp.sum(batch["loss_mask"])), past
 
 
 class _Log:

@@ -20,7 +20,10 @@ from sparsek_jax.training.config import ConfigError, default_config, flat_fields
 # What a run may not change when it resumes: the model, the order of its data, and what the
 # optimizer's state consists of.
 _FIXED_SECTIONS = ("model", "attention", "data")
-_FIXED_FIELDS = ("seed", "init_from", "train.batch_size", "optimizer.freeze_steps")
+_FIXED_FIELDS = (
+    *("seed", "init_from", "optimizer.freeze_steps"),
+    *("train.batch_size", "train.recurrent", "train.recurrent_gradient"),
+)
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 

@@ -1,13 +1,16 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparsek_jax.data import prepare, validation_batches
+from sparsek_jax.data.lanes import LaneValidation
 from sparsek_jax.evaluation.evaluate import evaluate
 from sparsek_jax.evaluation.report import to_json
 from sparsek_jax.generation.engine import Engine
@@ -114,6 +117,67 @@ def test_fewer_batches_and_another_batch_size(run):
     evaluation = evaluate(config, run.workdir)
     assert evaluation.loss.tokens == 3 * 32
     assert any("only the first of" in note for note in evaluation.notes)
+
+
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_loss_by_position_in_documents_longer_than_rows(run, recurrent):
+    """With memory, of whole documents; without, of rows that begin anew."""
+    config = run.config.copy_and_resolve_references()
+    config.eval.position_edges = (16, 32, 64, 128)
+    config.train.recurrent, config.eval.by_document = recurrent, not recurrent
+    evaluation = evaluate(config, run.workdir, overrides=["train.recurrent"])
+    whole = nnx.jit(lambda model, inputs: model(inputs))
+    longest, sums, counts = 0, np.zeros(5), np.zeros(5, int)
+    for i in range(len(run.result.corpus.validation)):
+        tokens = run.result.corpus.validation[i]["tokens"]
+        longest = max(longest, len(tokens) + 1)
+        size = len(tokens) + 1 if recurrent else config.data.seq_len
+        pieces = documents_in_lanes(run, i, size, config)
+        for inputs, targets, positions in pieces:
+            # Causal, so that what is behind does not matter: one program for all sizes.
+            padded = np.pad(inputs, (0, 300 - len(inputs)))[None]
+            logits = np.asarray(whole(run.result.model, padded), np.float64)[0, : len(inputs)]
+            normaliser = np.log(np.exp(logits).sum(-1))
+            nats = normaliser - logits[np.arange(len(targets)), targets]
+            bucket = np.searchsorted((16, 32, 64, 128), positions, side="right")
+            sums += np.bincount(bucket, nats, 5)
+            counts += np.bincount(bucket, minlength=5)
+    buckets = evaluation.loss.buckets
+    assert [b.start for b in buckets] == [0, 16, 32, 64, 128]
+    assert buckets[-1].stop == longest
+    assert [b.tokens for b in buckets] == counts.tolist()
+    for bucket, expected in zip(buckets, sums / counts, strict=True):
+        assert bucket.nats_per_token == pytest.approx(expected, rel=1e-5)
+    assert evaluation.label == ("sparsek_recurrent=True" if recurrent else "sparsek_by_document")
+    assert evaluation.loss.bytes == run.result.corpus.num_validation_bytes
+    assert bool(evaluation.gates) != recurrent
+
+
+def documents_in_lanes(run, document, size, config):
+    """Inputs, targets and positions of a document's parts in the rows of its lane."""
+    corpus = run.result.corpus
+    lanes = LaneValidation(corpus, config.data, batch_size=config.eval.batch_size)
+    positions = np.concatenate(
+        [batch["positions"][batch["document_ids"] == document] for batch in lanes]
+    )
+    rows = [np.sum(batch["document_ids"] == document) for batch in lanes]
+    tokens = corpus.validation[document]["tokens"]
+    inputs = np.array([corpus.tokenizer.bos_id, *tokens])
+    targets = np.array([*tokens, corpus.tokenizer.eos_id])
+    assert positions.tolist() == list(range(len(inputs)))
+    borders = [0, len(inputs)] if size >= len(inputs) else np.cumsum([0, *rows])
+    for start, stop in itertools.pairwise(borders):
+        if start < stop:
+            yield inputs[start:stop], targets[start:stop], np.arange(start, stop)
+
+
+def test_what_cannot_be_read_by_document_is_refused(run):
+    config = run.config.copy_and_resolve_references()
+    config.eval.by_document, config.data.packing = True, "continuous"
+    with pytest.raises(
+        ConfigError, match=r"data\.packing='continuous' with eval\.by_document=True"
+    ):
+        evaluate(config, run.workdir, overrides=["data.packing"])
 
 
 def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run):

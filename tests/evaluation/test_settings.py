@@ -38,6 +38,7 @@ def test_a_run_is_evaluated_as_it_was_trained():
         ("data.packing", "continuous", "sparsek_packing=continuous"),
         ("data.glob", "/books/*.txt", "sparsek_books-1f"),
         ("data.root", "/data", "sparsek"),
+        ("train.recurrent", True, "sparsek_recurrent=True"),
     ],
 )
 def test_what_the_same_weights_can_do_may_be_overridden(field, value, label):
@@ -53,6 +54,15 @@ def test_eval_fields_are_those_asked_for():
     result = settings({"eval.batches": 3}, {"eval.batches": 5, "eval.batch_size": 2}, overrides=())
     assert (result.config.eval.batches, result.config.eval.batch_size) == (3, 8)
     assert result.changes == {}
+
+
+def test_runs_from_before_rows_could_go_on_did_not():
+    saved = default_config().to_dict()
+    del saved["train"]["recurrent"]
+    config = default_config()
+    config.train.recurrent = True
+    result = evaluation_settings(config, ml_collections.ConfigDict(saved), ["train.recurrent"])
+    assert result.changes == {"train.recurrent": (True, False)}
 
 
 def test_every_other_difference_is_named_with_both_values():

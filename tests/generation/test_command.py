@@ -248,7 +248,8 @@ def run(tmp_path_factory):
     workdir = directory / "workdir"
     checkpoints = Checkpoints(workdir, keep=1)
     iterator = train_iterator(corpus, config.data, batch_size=1, seed=0)
-    checkpoints.save(5, split(model)[1], {"none": jnp.zeros(1)}, iterator)
+    state = {"params": split(model)[1], "optimizer": {"none": jnp.zeros(1)}}
+    checkpoints.save(5, state, iterator)
     checkpoints.close()
     save_run(workdir, config, corpus)
     return workdir, config, corpus

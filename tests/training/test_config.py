@@ -1,6 +1,7 @@
 """Impossible configurations are named before anything is compiled, read or written."""
 
 import math
+import re
 
 import pytest
 
@@ -91,6 +92,32 @@ def test_what_the_mesh_does_not_divide_is_named(field, value, named):
     config[section][name] = value
     with pytest.raises(ConfigError, match=named):
         validate_config(config, device_count=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"train.recurrent": False, "train.recurrent_gradient": True},
+            "train.recurrent_gradient=True with train.recurrent=False; expected",
+        ),
+        ({"attention.kind": "dense"}, "attention.kind='dense' with train.recurrent=True; expected"),
+        ({"attention.kind": "sparsek_linear"}, "attention.kind='sparsek_linear' with"),
+        ({"attention.pattern": ("sparsek", "gated_linear")}, "attention.pattern=('sparsek', 'gat"),
+        ({"data.packing": "continuous"}, "data.packing='continuous' with train.recurrent=True"),
+        (
+            {"data.recall.num_pairs": 4, "data.tokenizer": "ids:64"},
+            "data.recall.num_pairs=4 with train.recurrent=True; expected 0",
+        ),
+    ],
+)
+def test_what_rows_cannot_go_on_with_is_named(changes, named):
+    config = default_config()
+    config.train.recurrent = True
+    validate_config(config, device_count=1)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        validate_config(config, device_count=1)
 
 
 def test_rows_must_be_shared_by_the_processes():

@@ -140,8 +140,8 @@ def test_bad_steps_in_a_row_stop_the_run_and_name_their_documents(tmp_path, monk
     original = trainer._loss
 
     def poisoned(*arguments):
-        loss = original(*arguments)
-        return loss._replace(nats=loss.nats * jnp.nan)
+        loss, past = original(*arguments)
+        return loss._replace(nats=loss.nats * jnp.nan), past
 
     monkeypatch.setattr(trainer, "_loss", poisoned)
     with pytest.raises(trainer.TrainingDivergedError, match="3 steps in a row up to step 3"):

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from sparsek_jax.nn.attention import SelectiveAttention
 from sparsek_jax.nn.cache import ScoredCache
+from sparsek_jax.nn.memory import LayerMemory
 from sparsek_jax.nn.rotary import document_positions
 from sparsek_jax.nn.scorer import keep_sinks, keep_sinks_next
 
@@ -68,10 +69,28 @@ class UnlearnedSelection(SelectiveAttention):
         scores = self.importance(key, positions, layer)
         return norm, keep_sinks_next(scores, positions, self.config.num_sinks)
 
+    def score_after(self, memory, x, key, positions, segment_ids, layer):
+        """Returns None and scores `[B, T, K or 1]` of whole rows."""
+        del memory, x, segment_ids
+        scores = jax.lax.stop_gradient(self.importance(key, positions, layer))
+        return None, keep_sinks_next(scores, positions, self.config.num_sinks)
+
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""
         out, _ = super().mix(x, query, key, value, segment_ids, sharding, layer)
         return out, None
+
+    def mix_after(self, memory, x, query, key, value, positions, segment_ids, sharding, layer):
+        """Returns the next memory, attention output `[B, T, N, H]` and None."""
+        memory, out, _ = super().mix_after(
+            memory, x, query, key, value, positions, segment_ids, sharding, layer
+        )
+        return memory, out, None
+
+    def init_memory(self, batch_size, *, support_size=None) -> LayerMemory:
+        """Makes an empty memory."""
+        del support_size
+        return super().init_memory(batch_size)
 
     def init_cache(self, batch_size, *, max_length=None, support_size=None) -> ScoredCache:
         """Makes an empty cache of constant size."""

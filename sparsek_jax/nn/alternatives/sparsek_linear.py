@@ -39,6 +39,8 @@ class SparseKLinearAttention(SparseKAttention):
     Its initialiser takes the arguments of `Attention`.
     """
 
+    has_memory = False
+
     def __init__(
         self,
         config: AttentionConfig,
