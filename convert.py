@@ -30,7 +30,9 @@ from sparsek_jax.training.config import ConfigError
 _FROM = flags.DEFINE_string("from", None, "Hugging Face directory or GGUF file to read.")
 _TO = flags.DEFINE_string("to", None, "Directory to make: of Hugging Face, or like an import.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an import makes it.")
-_KIND = flags.DEFINE_enum("kind", None, KINDS, "Attention of every layer; sparsek by default.")
+_KIND = flags.DEFINE_enum(
+    "kind", None, KINDS, "Attention of every layer; an import's is sparsek by default."
+)
 _PATTERN = flags.DEFINE_list("pattern", None, "Kinds that repeat over the layers: window,sparsek.")
 _NUM_SELECTED = flags.DEFINE_integer("num_selected", None, "Keys that a query selects.")
 _SLIDING_WINDOW = flags.DEFINE_integer("sliding_window", None, "Newest keys that a query sees.")
@@ -65,6 +67,9 @@ _COMMANDS = {
             "timestep_norm",
             "learned_slope",
             "num_sinks",
+            "kind",
+            "num_selected",
+            "sliding_window",
             "gating",
             "length",
             "rows",
@@ -91,6 +96,9 @@ def main(command: str) -> None:
             timestep_norm=_TIMESTEP_NORM.value,
             learned_slope=_LEARNED_SLOPE.value,
             num_sinks=_NUM_SINKS.value,
+            kind=_KIND.value,
+            num_selected=_NUM_SELECTED.value,
+            sliding_window=_SLIDING_WINDOW.value,
             gating=_GATING.value,
             length=_LENGTH.value,
             max_rows=_ROWS.value,

@@ -49,6 +49,9 @@ def calibrate_model(
     timestep_norm: bool = False,
     learned_slope: bool = True,
     num_sinks: int = 4,
+    kind: str | None = None,
+    num_selected: int | None = None,
+    sliding_window: int | None = None,
     gating: str | None = None,
     length: int = 2048,
     max_rows: int = 4,
@@ -67,6 +70,10 @@ def calibrate_model(
       learned_slope: Whether each head gets a rate at which it forgets. That lowers nats, but what
         stands far back and is needed only once is lost.
       num_sinks: First tokens of a document to select always.
+      kind: Of every layer's attention; None: as in `workdir`. "sparsek" makes SparseK of what
+        was trained with dense attention.
+      num_selected: k; None: as in `workdir`.
+      sliding_window: w; None: as in `workdir`.
       gating: How gates act, "soft" or "straight_through"; None: as in `workdir`.
       length: Tokens in a row.
       max_rows: Most rows of one text, the first ones.
@@ -89,7 +96,11 @@ def calibrate_model(
     config = load_config(workdir)
     tokenizer = load_run_tokenizer(workdir, config)
     source = decoder_config(config, tokenizer.vocab_size)
-    _check_attention(workdir, source, length)
+    if kind is not None:
+        config.attention.kind, config.attention.pattern = kind, ()
+    for name, chosen in (("num_selected", num_selected), ("sliding_window", sliding_window)):
+        if chosen is not None:
+            config.attention[name] = chosen
     config.attention.timestep_norm = timestep_norm
     config.attention.learned_slope = learned_slope
     config.attention.num_sinks = num_sinks
@@ -97,6 +108,7 @@ def calibrate_model(
     config.init_from = ""  # The weights are here.
     # Checks the gating and the sinks. Slopes are chosen with these.
     aim = decoder_config(config, tokenizer.vocab_size)
+    _check_attention(workdir, aim, length)
     tokens = calibration_rows(tokenizer, texts, length=length, max_rows=max_rows)
     files = tokenizer_files(workdir, config, tokenizer)
     context = trained_context(workdir, config)
@@ -133,7 +145,7 @@ def _check_attention(workdir: str | os.PathLike, config: nn.DecoderConfig, lengt
     if not any(has_scorer(attention.layer_kind(i)) for i in range(config.num_layers)):
         raise ConfigError(
             f"workdir={str(workdir)!r} has no layer of kind sparsek, and so no scorers; expected "
-            "some (convert.py import --kind=sparsek, or --pattern)"
+            "some (--kind=sparsek)"
         )
     if length <= attention.sliding_window:
         raise ConfigError(

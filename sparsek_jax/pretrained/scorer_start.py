@@ -59,7 +59,7 @@ _CHUNK = 128
 _LEAST_MASS = 1e-7
 # Rates of forgetting to choose from: by how much attention fades, on a logarithmic scale, while k
 # keys come.
-_RATES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
+RATES = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
 # Slope over the rate of least divergence: nats ask for more recent keys (docs/pretrained.md).
 _HASTE = 2.0
 
@@ -206,7 +206,7 @@ class _Programs:
     def __init__(self, config: nn.DecoderConfig, kind: str, methods: Sequence[Method]):
         self.config, self.methods = config.attention, methods
         self.definition = define(lambda: Block(config, kind, rngs=nnx.Rngs(0)))
-        rates = _RATES if config.attention.learned_slope else (0,)
+        rates = RATES if config.attention.learned_slope else (0,)
         self.rates = np.array(rates) / config.attention.num_selected
         self.apply = jax.jit(self._apply)
         self.observe = jax.jit(self._observe)

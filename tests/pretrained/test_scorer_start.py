@@ -251,6 +251,21 @@ def test_stacked_layers_get_the_same_scorers(imported, tmp_path):
         np.testing.assert_array_equal(one, found[1].layers[i].attention.scorer.kernel[...])
 
 
+def test_a_dense_model_becomes_a_sparse_one(imported, tmp_path):
+    options = AttentionOptions(kind="dense")
+    import_model(imported / "llama3", tmp_path / "dense", options=options)
+    text = [imported / "text"]
+    calibrate_model(imported / "run", tmp_path / "expected", text, length=64)
+    become = {"kind": "sparsek", "num_selected": 8, "sliding_window": 4}
+    calibrate_model(tmp_path / "dense", tmp_path / "new", text, length=64, **become)
+    found, expected = (load_run(tmp_path / name).model for name in ("new", "expected"))
+    assert found.config == expected.config
+    found, expected = split(found)[1], split(expected)[1]
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
