@@ -42,6 +42,8 @@ from sparsek_jax.training.workdir import write_json
 
 _NUM_SELECTED = flags.DEFINE_integer("num_selected", 512, "k.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("sliding_window", 512, "w.", lower_bound=0)
+_SELECTIONS = ("dense", "query", "foresight", "hindsight")
+_SELECT = flags.DEFINE_list("select", list(_SELECTIONS), "Some of these, the first one always.")
 _SINKS = flags.DEFINE_integer("num_sinks", 4, "Of hindsight, always among the k.", lower_bound=0)
 # Queries that attend at a time.
 _CHUNK = 128
@@ -186,6 +188,8 @@ def main(arguments):
         raise app.UsageError(
             f"--workdir={flags.FLAGS.workdir} has attention of {sorted(kinds)}; expected dense"
         )
+    if unknown := set(_SELECT.value).difference(_SELECTIONS):
+        raise app.UsageError(f"--select has {sorted(unknown)}; expected some of {_SELECTIONS}")
     budget = {"num_selected": _NUM_SELECTED.value, "sliding_window": _WINDOW.value}
     selections = {
         "dense": None,
@@ -199,7 +203,8 @@ def main(arguments):
     header = "| keys | " + " | ".join(kind.name for kind in kinds) + " | mean | over dense |"
     print(f"{header}\n|{' --- |' * (len(kinds) + 3)}", flush=True)
     record = {}
-    for name, mix in selections.items():
+    for name in dict.fromkeys(("dense", *_SELECT.value)):
+        mix = selections[name]
         run = load_run(flags.FLAGS.workdir)
         if mix is not None:
             for block in run.model.layers:

@@ -36,17 +36,22 @@ _LOSS_CHUNK = 1024
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _nats(graphdef, state, tokens):
-    """Nats of all tokens but the first."""
+def _loss(graphdef, state, tokens):
+    """Loss of all tokens but the first."""
     model = nnx.merge(graphdef, state)
     hidden = model.hidden(tokens[None, :-1])
     loss = token_loss(model.output_table, hidden, tokens[None, 1:], chunk_size=_LOSS_CHUNK)
-    return loss.nats[0]
+    return jax.tree.map(lambda x: x[0], loss)
+
+
+def file_loss(graphdef, state, tokens):
+    """`TokenLoss` of all tokens but the first, of a text that begins with them, `[T - 1]`."""
+    return jax.tree.map(np.asarray, _loss(graphdef, state, jnp.asarray(tokens)))
 
 
 def file_nats(graphdef, state, tokens):
-    """Nats of all tokens but the first, of a text that begins with them, `[T - 1]`."""
-    return np.asarray(_nats(graphdef, state, jnp.asarray(tokens)))
+    """The nats of `file_loss`."""
+    return file_loss(graphdef, state, tokens).nats
 
 
 def _pieces(tokens):
@@ -81,15 +86,17 @@ def main(arguments):
             continue
         tally = make_tally(1)
         for tokens in pieces:
-            nats = file_nats(graphdef, state, tokens)
+            loss = file_loss(graphdef, state, tokens)
+            nats, likeliest = loss.nats, loss.likeliest
             batch = {
                 "targets": tokens[1:],
                 "positions": np.arange(len(nats)),
                 "document_ids": np.zeros(len(nats), int),
                 "loss_mask": np.ones(len(nats)),
             }
-            tally.add(batch, nats)
-            by_kind[path.parent].add(batch | {"document_ids": batch["document_ids"] + index}, nats)
+            tally.add(batch, nats, likeliest)
+            numbered = batch | {"document_ids": batch["document_ids"] + index}
+            by_kind[path.parent].add(numbered, nats, likeliest)
         loss = tally.result()
         print(_line(path, loss), flush=True)
         nats_by_bucket = [bucket.nats_per_token for bucket in loss.buckets]

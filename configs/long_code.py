@@ -1,11 +1,15 @@
 r"""A 21M-parameter model of long source files, to compare kinds of attention by, at 4k context.
 
     python -m sparsek_jax.data.long_documents ...    # as its docstring has it; writes texts/
-    python train.py --config=configs/long_code.py --workdir=runs/long_code
-    python eval.py --config=configs/long_code.py --workdir=runs/long_code
+    python train.py --config=configs/long_code.py --workdir=runs/short
+    python train.py --config=configs/long_code.py:runs/short --workdir=runs/long_code
+    python eval.py --config=configs/long_code.py:runs/short --workdir=runs/long_code
 
-Six layers of width 512, each query attending to 256 selected keys and a window of 256. A row joins
-documents into one context. Others of the same budget are trained on the same rows by these:
+First come rows of 512 tokens with dense attention: all that a window of 512 could see, so that what
+near tokens tell is learned once, and equally, for every kind of attention. Then come rows of 4,096,
+which join documents into one context. What follows the colon is the model to start from. Each query
+attends to 256 selected keys and a window of 256; others of the same budget are trained on the
+same rows by these:
 
     --config.attention.kind=dense
     --config.attention.kind=window --config.attention.sliding_window=512
@@ -13,8 +17,9 @@ documents into one context. Others of the same budget are trained on the same ro
         --config.attention.sliding_window=508
     --config.attention.kind=random
 
-Longer contexts than in training: eval.py with --config.data.seq_len=65536
---config.eval.batch_size=1. Reproduces no paper result; docs/results.md has what came out.
+Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Longer contexts than in
+training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1. Reproduces no paper
+result; docs/results.md has what came out.
 """
 
 import ml_collections
@@ -22,28 +27,35 @@ import ml_collections
 from sparsek_jax.training.config import default_config
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the configuration."""
+def get_config(start: str = "") -> ml_collections.ConfigDict:
+    """Returns the configuration.
+
+    Args:
+      start: Directory of the run on short rows, to go on with long ones; "": that run itself.
+    """
     config = default_config()
+    config.init_from = start
     config.model.num_layers = 6
     config.model.d_model = 512
     config.model.mlp_dim = 1408
     config.model.dtype = "bfloat16"
+    config.attention.kind = "sparsek" if start else "dense"
     config.attention.num_heads = 8
     config.attention.num_kv_heads = 4
     config.attention.head_dim = 64
     config.attention.num_selected = 256
     config.attention.sliding_window = 256
     config.attention.qk_norm = True
+    config.attention.rope_theta = 1e5
     config.data.glob = "texts/train/c/*.txt"
     config.data.tokenizer = "bpe:8192"
-    config.data.seq_len = 4096
+    config.data.seq_len = 4096 if start else 512
     config.data.packing = "continuous"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3 if start else 2e-3
     config.optimizer.scorer_learning_rate = 1e-2
     config.optimizer.warmup_steps = 60
-    config.train.steps = 600
-    config.train.batch_size = 16
+    config.train.steps = 600 if start else 2400
+    config.train.batch_size = 16 if start else 128
     config.train.loss_chunk = 16384
     config.train.log_every = 20
     config.train.eval_every = 200
