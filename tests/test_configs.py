@@ -26,3 +26,14 @@ def test_recall_goes_on_from_short_rows():
     assert (short.model, short.data.tokenizer) == (long.model, long.data.tokenizer)
     last = long.data.recall.spread + long.data.recall.gap
     assert last - long.data.recall.spread > long.attention.sliding_window
+
+
+def test_long_code_goes_on_from_short_rows():
+    get_config = importlib.import_module("configs.long_code").get_config
+    short, long = get_config(), get_config("runs/short")
+    validate_config(long, device_count=1)
+    assert long.init_from == "runs/short"
+    assert (short.model, short.data.tokenizer) == (long.model, long.data.tokenizer)
+    # All that the widest window could see.
+    budget = long.attention.num_selected + long.attention.sliding_window
+    assert (short.attention.kind, short.data.seq_len) == ("dense", budget)
