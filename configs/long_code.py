@@ -17,13 +17,13 @@ times as long as in training. Others of the same budget are trained on the same 
     --config.attention.kind=window --config.attention.sliding_window=512
     --config.attention.kind=sinks --config.attention.num_selected=4 \
         --config.attention.sliding_window=508
-    --config.attention.kind=random
+    --config.attention.kind=random --config.attention.num_sinks=0
 
 Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Longer contexts than in
 training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1.
 
-Seen on one H100 (jax 0.11.2, three seeds): SparseK 1.595 nats, dense attention 1.553, a window of 512
-1.641. Reproduces no paper result; docs/results.md has all of it.
+Seen on one H100 (jax 0.11.2, three seeds): SparseK 1.595 nats, dense attention 1.553, a window of
+512 1.641. Reproduces no paper result; docs/results.md has all of it.
 """
 
 import ml_collections

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from sparsek_jax import nn
 from sparsek_jax.data import Tokenizer
-from sparsek_jax.nn.config import has_scorer
+from sparsek_jax.nn.config import KINDS_WITH_PARAMETERS, has_scorer
 from sparsek_jax.nn.scorer import SLOPE_UNIT
 from sparsek_jax.pretrained.directories import check_new, staged, write_files
 from sparsek_jax.pretrained.exporting import restore_on_host, tokenizer_files, trained_context
@@ -93,6 +93,11 @@ def calibrate_model(
         raise ConfigError(f"--method={method!r}; expected one of {', '.join(METHODS)}")
     if not 0 < scale < float("inf"):
         raise ConfigError(f"--scale={scale}; expected a finite number above 0")
+    if kind in KINDS_WITH_PARAMETERS:
+        raise ConfigError(
+            f"--kind={kind}; expected sparsek, or none: what {kind} has besides scorers would be "
+            "missing"
+        )
     config = load_config(workdir)
     tokenizer = load_run_tokenizer(workdir, config)
     source = decoder_config(config, tokenizer.vocab_size)

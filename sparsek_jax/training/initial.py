@@ -17,6 +17,7 @@ from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import (
     Params,
     define,
+    is_of_kind,
     is_scorer,
     stack_layers,
     unstack_layers,
@@ -42,8 +43,9 @@ def initial_params(
     """Loads the newest weights of a directory into another decoder.
 
     Its layers may be stacked where those of the directory are not, and the other way round. Its
-    attention may be another: scorers that the directory lacks stay as they are, and those without
-    use are dropped. A warning names what else makes the decoder another function of its weights.
+    attention may be another: scorers, and what else other kinds of attention lack, stay as they are
+    where the directory has none, and scorers without use are dropped. A warning names what else
+    makes the decoder another function of its weights.
 
     Args:
       directory: Of the run or import.
@@ -81,15 +83,15 @@ def initial_params(
         raise ConfigError(f"init_from={str(directory)!r}: {error}") from error
     if _stacking(source) == _stacking(config):
         return {name: restored.get(name, x) for name, x in params.items()}, step
-    scorers = {name: x for name, x in params.items() if is_scorer(name)}
+    of_kind = {name: x for name, x in params.items() if is_of_kind(name)}
 
-    def rearranged(restored, scorers):
-        given = unstack_layers(scorers, config) | unstack_layers(restored, source)
+    def rearranged(restored, of_kind):
+        given = unstack_layers(of_kind, config) | unstack_layers(restored, source)
         return stack_layers({name: given[name] for name in needed}, config)
 
     # Under a jit, as the arrays may be spread over processes.
     shardings = {name: x.sharding for name, x in params.items()}
-    return jax.jit(rearranged, out_shardings=shardings)(restored, scorers), step
+    return jax.jit(rearranged, out_shardings=shardings)(restored, of_kind), step
 
 
 def _changes(section, source, config):
@@ -113,10 +115,10 @@ def _stacking(config):
 
 def _check(directory, given, needed):
     for name, expected in needed.items():
-        if name not in given and not is_scorer(name):
+        if name not in given and not is_of_kind(name):
             raise ConfigError(
                 f"init_from={str(directory)!r} has no parameter {name} of shape {expected.shape}; "
-                "expected it, as it belongs to no scorer"
+                "expected it, as every kind of attention has it"
             )
         if name in given and given[name].shape != expected.shape:
             raise ConfigError(

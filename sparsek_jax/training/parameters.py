@@ -13,6 +13,9 @@ from sparsek_jax import nn
 
 Params = dict[str, jax.Array]
 
+# Of an attention layer, whatever its kind.
+_SHARED_BY_KINDS = {"query", "key", "value", "out", "query_norm", "key_norm"}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelDefinition:
@@ -53,6 +56,12 @@ def define(make_model) -> ModelDefinition:
 def is_scorer(name: str) -> bool:
     """Whether a parameter is one of a scoring network."""
     return ".scorer." in name
+
+
+def is_of_kind(name: str) -> bool:
+    """Whether a parameter belongs to one kind of attention, as scorers do, and others lack it."""
+    _, found, rest = name.partition(".attention.")
+    return bool(found) and rest.split(".")[0] not in _SHARED_BY_KINDS
 
 
 def layers_of(name: str, config: nn.DecoderConfig) -> Int[np.ndarray, "..."] | None:

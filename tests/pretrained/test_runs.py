@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from sparsek_jax.evaluation.evaluate import evaluate
 from sparsek_jax.generation.engine import Engine
 from sparsek_jax.generation.loading import load_run
 from sparsek_jax.nn import Decoder
+from sparsek_jax.nn.config import KINDS_WITH_PARAMETERS
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.importing import import_model
 from sparsek_jax.training.config import ConfigError, decoder_config
@@ -145,6 +147,21 @@ def test_only_scorers_may_be_lacking_where_training_starts(trained, directory, c
     (edited / "config.json").write_text(config.to_json())
     with pytest.raises(ConfigError, match=r"edited': parameter layers\.0\..* has shape"):
         started(edited, config)
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_PARAMETERS)
+def test_what_one_kind_of_attention_has_may_be_lacking(kind, trained, directory):
+    config = of_run.get_config(directory / "imported")
+    before = started(directory / "imported", config)
+    config.attention.pattern = ("window", kind)
+    config.attention.num_selected = config.attention.block_size = 4
+    params = started(directory / "imported", config)
+    assert {name for name, x in params.items() if (x == 7).all()} == params.keys() - before.keys()
+    assert all(
+        re.match(r"layers\.[13]\.attention\.", name) for name in params.keys() - before.keys()
+    )
+    for name, x in before.items():
+        np.testing.assert_array_equal(params[name], x, err_msg=name)
 
 
 def test_layers_are_stacked_and_taken_apart_where_training_starts(trained, directory):

@@ -277,6 +277,7 @@ def test_a_dense_model_becomes_a_sparse_one(imported, tmp_path):
         ({"method": "zero"}, "--method='zero'; expected one of attention_mass"),
         ({"scale": 0.0}, r"--scale=0.0; expected a finite number above 0"),
         ({"num_sinks": 9}, "attention.num_sinks=9; expected an int from 0 to .*num_selected=8"),
+        ({"kind": "nsa"}, "--kind=nsa; expected sparsek, or none"),
         ({"gating": "hard"}, "attention.gating='hard'; expected one of"),
         ({"texts": ["missing"]}, "No such file.*missing"),
         ({"texts": ["binary"]}, "binary'.*expected UTF-8 text"),
