@@ -6,17 +6,17 @@ r"""What a selection of k keys could keep at best, that knows what will be asked
 The model, trained with dense attention, reads every text as in `benchmarks.text_nats`, and in every
 layer each KV head attends to its window and to k keys beyond it, which are
 
-- "query": for every query those that it attends to most. No selection of this size can do better
-  by the attention that it keeps; it has to remember every key.
-- "foresight": for every 128 queries those that they and all later ones will attend to most. The
-  best that can be remembered, if what has been forgotten could return.
+- "query": for every query those that it attends to most. It has to remember every key.
+- "foresight": for every 128 queries those that they and all later ones will attend to most, as if
+  what has been forgotten could return.
 - "hindsight": those with the highest scores, each key having one score for the whole text: the
   importance that calibration (`sparsek_jax.pretrained.scorer_start`) has scorers predict from the
   hidden state, here computed from the attention to come. What SparseK could do with a scorer that
-  predicts perfectly.
+  predicts perfectly what calibrated ones try to.
 
 What SparseK loses beyond "hindsight" it loses because scorers cannot know; what "hindsight" loses
-beyond "query", because one selection has to serve all queries to come.
+beyond "query", because one selection has to serve all queries to come. Bounds these are not: the
+keys that get most attention need not be those that help most.
 """
 
 import functools
