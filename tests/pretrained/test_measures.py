@@ -28,6 +28,7 @@ def dense(tmp_path_factory):
 
 
 def measure(benchmark, directory, *flags):
+    """The output of a benchmark of `run` and the texts."""
     texts = [str(directory / name) for name in ("a/0", "a/1", "b/0")]
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", f"--workdir={directory}/run"]
     result = subprocess.run([*command, *flags, *texts], capture_output=True, text=True)
@@ -45,6 +46,19 @@ def test_text_nats_by_file_and_position(dense, tmp_path):
     assert [file["pieces"] for file in record["files"]] == [2, 2, 2]
     # Of random words nothing can be predicted by a random model.
     np.testing.assert_allclose([file["nats"] for file in record["files"]], np.log(48), atol=1.5)
+
+
+def test_copied_tokens_by_how_far_back_they_stand(dense):
+    flags = (f"--base={dense}/run", "--tokens=64", "--from_position=8", "--edges=4,16")
+    rows = measure("copied_tokens", dense, *flags).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| not before",
+        "| at most 4 back",
+        "| 5 to 16 back",
+        "| 17 back or more",
+        "| all",
+    ]
+    assert rows[-1].split(" | ")[3] == "+0.000"
 
 
 def test_hindsight_is_dense_while_all_keys_are_kept(dense):
@@ -70,6 +84,24 @@ def naive_attention(query, key):
     logits = np.where(np.tri(length, dtype=bool), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     return weights / weights.sum(-1, keepdims=True)
+
+
+def test_contexts_of_runs_beside_each_other(tmp_path):
+    nats = {"one_0": (2.0, 3.0, 1.0), "one_1": (4.0, 5.0, 3.0), "two_0": (2.25, 3.5, 1.0)}
+    for name, (mean, *by_context) in nats.items():
+        spans = zip((0, 8), (8, 16), by_context, strict=True)
+        buckets = [{"start": a, "stop": b, "nats_per_token": x} for a, b, x in spans]
+        record = {"loss": {"nats_per_token": mean, "buckets": buckets}}
+        (tmp_path / name).write_text(json.dumps(record))
+    command = [sys.executable, "-m", "benchmarks.context_plot", f"--to={tmp_path}/plot.png"]
+    models = [f"one={tmp_path}/one_0,{tmp_path}/one_1", f"a = b={tmp_path}/two_0"]
+    result = subprocess.run([*command, *models], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "| one | 3.000 | 2.000, 4.000 | 4.000 | 2.000 |" in result.stdout
+    assert "| a = b | 2.250 (-25.0%) | 2.250 | 3.500 | 1.000 |" in result.stdout
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    result = subprocess.run([*command, models[0]], capture_output=True, text=True)
+    assert "1 models; expected two or more" in result.stderr + result.stdout
 
 
 @pytest.mark.parametrize("kept", [hindsight.kept_by_query, hindsight.kept_by_foresight])
