@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import hindsight
+from benchmarks import selections
 from sparsek_jax.pretrained.families import AttentionOptions
 from sparsek_jax.pretrained.importing import import_model
 from tests.pretrained import models
@@ -104,14 +104,14 @@ def test_contexts_of_runs_beside_each_other(tmp_path):
     assert "1 models; expected two or more" in result.stderr + result.stdout
 
 
-@pytest.mark.parametrize("kept", [hindsight.kept_by_query, hindsight.kept_by_foresight])
+@pytest.mark.parametrize("kept", [selections.kept_by_query, selections.kept_by_foresight])
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_kept_keys_are_those_with_most_attention(kept, num_kv_heads, monkeypatch):
     length, chunk, k, w = 43, 8, 5, 6
-    monkeypatch.setattr(hindsight, "_CHUNK", chunk)
+    monkeypatch.setattr(selections, "_CHUNK", chunk)
     query, key, value = heads(length, 4, num_kv_heads)
     out = jax.jit(
-        hindsight.kept_attention,
+        selections.kept_attention,
         static_argnums=3,
         static_argnames=("num_selected", "sliding_window"),
     )(query, key, value, kept, num_selected=k, sliding_window=w)
@@ -123,7 +123,7 @@ def test_kept_keys_are_those_with_most_attention(kept, num_kv_heads, monkeypatch
         first = t // chunk * chunk
         last = min(first + chunk, length) - 1
         for head in range(num_kv_heads):
-            found = far[head, t] if kept is hindsight.kept_by_query else far[head, first:].sum(0)
+            found = far[head, t] if kept is selections.kept_by_query else far[head, first:].sum(0)
             found = np.where(np.arange(length) <= last - w, found, 0)
             best = [j for j in np.argsort(-found)[:k] if found[j] > 0 and distance[t, j] >= w]
             seen = [*best, *range(max(0, t - w + 1), t + 1)]
@@ -136,6 +136,6 @@ def test_kept_keys_are_those_with_most_attention(kept, num_kv_heads, monkeypatch
 def test_hindsight_scores_rank_keys_by_the_attention_to_come():
     query, key, _ = heads(64, 2, 1)
     query[8:] = 3 * key[5]  # Later queries look for this key.
-    scores = hindsight.hindsight_scores(query, key, num_selected=4, sliding_window=4, num_sinks=0)
+    scores = selections.hindsight_scores(query, key, num_selected=4, sliding_window=4, num_sinks=0)
     assert scores.shape == (1, 64, 1)
     assert scores[0, :60, 0].argmax() == 5
