@@ -18,6 +18,8 @@ from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.named_files import named_files
+
 _TO = flags.DEFINE_string("to", None, "PNG file to write.")
 _MOST = flags.DEFINE_float("most", 0.2, "Upper end of the picture, in nats.", lower_bound=0)
 flags.mark_flag_as_required("to")
@@ -83,14 +85,8 @@ def plot(models, path):
 
 def main(arguments):
     """Prints the table and draws the picture."""
-    models = {}
-    for argument in arguments[1:]:
-        name, separator, paths = argument.rpartition("=")
-        if not separator:
-            raise app.UsageError(f"{argument!r}; expected NAME=FILE[,FILE...]")
-        models[name] = read_seeds(paths.split(","))
-    if len(models) < 2:
-        raise app.UsageError(f"{len(models)} models; expected two or more, NAME=FILE each")
+    files = named_files(arguments[1:], "NAME=FILE[,FILE...]")
+    models = {name: read_seeds(paths.split(",")) for name, paths in files.items()}
     edges = {name: edges for name, (edges, _, _) in models.items()}
     for name, other in edges.items():
         if other != next(iter(edges.values())):

@@ -33,7 +33,7 @@ from benchmarks.selections import (
     kept_by_foresight,
     kept_by_query,
 )
-from benchmarks.text_nats import file_nats
+from benchmarks.text_nats import file_nats, pieces_of
 from sparsek_jax.generation.loading import load_run
 from sparsek_jax.ops import sparsek_attention
 from sparsek_jax.training.workdir import write_json
@@ -41,7 +41,9 @@ from sparsek_jax.training.workdir import write_json
 _NUM_SELECTED = flags.DEFINE_integer("num_selected", 512, "k.", lower_bound=1)
 _WINDOW = flags.DEFINE_integer("sliding_window", 512, "w.", lower_bound=0)
 _SELECTIONS = ("dense", "query", "foresight", "hindsight")
-_SELECT = flags.DEFINE_list("select", list(_SELECTIONS), "Some of these, the first one always.")
+_SELECT = flags.DEFINE_multi_enum(
+    "select", list(_SELECTIONS), list(_SELECTIONS), "What to measure; dense always."
+)
 _SINKS = flags.DEFINE_integer("num_sinks", 4, "Of hindsight, always among the k.", lower_bound=0)
 
 
@@ -60,48 +62,44 @@ def _mix_hindsight(budget, num_sinks, x, query, key, value, segment_ids, shardin
 
 def main(arguments):
     """Prints the table."""
-    config = load_run(flags.FLAGS.workdir).model.config
+    run = load_run(flags.FLAGS.workdir)
+    config = run.model.config
     kinds = {config.attention.layer_kind(i) for i in range(config.num_layers)}
     if kinds != {"dense"}:
         raise app.UsageError(
             f"--workdir={flags.FLAGS.workdir} has attention of {sorted(kinds)}; expected dense"
         )
-    if unknown := set(_SELECT.value).difference(_SELECTIONS):
-        raise app.UsageError(f"--select has {sorted(unknown)}; expected some of {_SELECTIONS}")
     budget = {"num_selected": _NUM_SELECTED.value, "sliding_window": _WINDOW.value}
-    selections = {
-        "dense": None,
+    mixes = {
         "query": functools.partial(_mix_kept, kept_by_query, budget),
         "foresight": functools.partial(_mix_kept, kept_by_foresight, budget),
         "hindsight": functools.partial(_mix_hindsight, budget, _SINKS.value),
     }
-    length, pieces = flags.FLAGS.tokens, flags.FLAGS.pieces
     paths = [pathlib.Path(path) for path in arguments[1:]]
+    texts = {
+        path: pieces_of(run.tokenizer.encode(path.read_text("utf-8", "replace"))) for path in paths
+    }
     kinds = list(dict.fromkeys(path.parent for path in paths))
     header = "| keys | " + " | ".join(kind.name for kind in kinds) + " | mean | over dense |"
     print(f"{header}\n|{' --- |' * (len(kinds) + 3)}", flush=True)
-    record = {}
+    record, means = {}, {}
     for name in dict.fromkeys(("dense", *_SELECT.value)):
-        mix = selections[name]
-        run = load_run(flags.FLAGS.workdir)
-        if mix is not None:
+        if name in mixes:
             for block in run.model.layers:
-                block.attention.mix = mix
+                block.attention.mix = mixes[name]
         model = nnx.split(run.model)
-        record[name] = {}
-        for path in paths:
-            tokens = run.tokenizer.encode(path.read_text("utf-8", "replace"))
-            whole = min(pieces, len(tokens) // length)
-            nats = [file_nats(*model, tokens[i * length :][:length]) for i in range(whole)]
-            record[name][str(path)] = [float(piece.mean()) for piece in nats]
+        nats = {
+            path: [float(file_nats(*model, tokens).mean()) for tokens in pieces]
+            for path, pieces in texts.items()
+        }
+        record[name] = {str(path): values for path, values in nats.items()}
         by_kind = [
-            np.mean([x for path in paths if path.parent == kind for x in record[name][str(path)]])
+            np.mean([value for path in paths if path.parent == kind for value in nats[path]])
             for kind in kinds
         ]
-        mean = np.mean(by_kind)
-        dense = mean if name == "dense" else dense
-        cells = " | ".join(f"{value:.4f}" for value in (*by_kind, mean))
-        print(f"| {name} | {cells} | {mean / dense - 1:+.2%} |", flush=True)
+        means[name] = np.mean(by_kind)
+        cells = " | ".join(f"{value:.4f}" for value in (*by_kind, means[name]))
+        print(f"| {name} | {cells} | {means[name] / means['dense'] - 1:+.2%} |", flush=True)
     if flags.FLAGS.to:
         write_json(pathlib.Path(flags.FLAGS.to), record)
 

@@ -17,6 +17,8 @@ from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.named_files import named_files
+
 _TO = flags.DEFINE_string("to", None, "PNG file to write.")
 _FROM_POSITION = flags.DEFINE_integer(
     "from_position", 0, "First position that the table counts; the picture shows all.", 0
@@ -109,14 +111,8 @@ def plot(models, path):
 
 def main(arguments):
     """Prints the table and draws the picture."""
-    models = {}
-    for argument in arguments[1:]:
-        name, separator, path = argument.rpartition("=")
-        if not separator:
-            raise app.UsageError(f"{argument!r}; expected NAME=FILE")
-        models[name] = read_nats(path)
-    if len(models) < 2:
-        raise app.UsageError(f"{len(models)} models; expected two or more, NAME=FILE each")
+    files = named_files(arguments[1:], "NAME=FILE")
+    models = {name: read_nats(path) for name, path in files.items()}
     _check_alike(models)
     edges, _ = next(iter(models.values()))
     counted = np.array(edges[:-1]) >= _FROM_POSITION.value

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsek_jax.nn.scorer import keep_sinks
 from sparsek_jax.pretrained.scorer_start import (
     RATES,
     far_attention,
     log_importance,
     selection_divergence,
+    sloped_scores,
 )
 
 # Queries that attend at a time.
@@ -122,11 +122,8 @@ def hindsight_scores(query, key, *, num_selected, sliding_window, num_sinks):
     """
     rates = np.array(RATES) / num_selected
     mass = far_attention(query, key, sliding_window=sliding_window)
-    positions = jnp.arange(len(key))
     scores = log_importance(mass, rates, sliding_window=sliding_window)
-    scores += (rates[:, None] * positions[:, None, None]).astype(jnp.float32)
-    flat = keep_sinks(scores.reshape(1, len(key), -1), positions[None], num_sinks)
-    scores = flat.reshape(scores.shape)
+    scores = sloped_scores(scores, rates, num_sinks=num_sinks)
     lost = selection_divergence(
         query, key, scores, num_selected=num_selected, sliding_window=sliding_window
     )

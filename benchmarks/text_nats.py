@@ -54,7 +54,8 @@ def file_nats(graphdef, state, tokens):
     return file_loss(graphdef, state, tokens).nats
 
 
-def _pieces(tokens):
+def pieces_of(tokens):
+    """Cuts a text into what is read, as the flags say; nothing if it is too short."""
     size = _TOKENS.value
     if _PIECES.value == _BUCKETS.value == 1:
         return [tokens[:size]]
@@ -80,7 +81,7 @@ def main(arguments):
     by_kind = {kind: make_tally(len(paths)) for kind in kinds}
     record = []
     for index, path in enumerate(paths):
-        pieces = _pieces(run.tokenizer.encode(path.read_text(encoding="utf-8", errors="replace")))
+        pieces = pieces_of(run.tokenizer.encode(path.read_text(encoding="utf-8", errors="replace")))
         if not pieces:
             print(f"left out, as shorter than {_TOKENS.value} tokens: {path}", flush=True)
             continue

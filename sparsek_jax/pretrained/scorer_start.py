@@ -248,13 +248,10 @@ class _Programs:
         """`selection_divergence` in one row with the scores of every rate, `[rates, K]`."""
         config = self.config
         x, query, key = self._heads(weights, hidden)
-        positions = jnp.arange(x.shape[1])
         scores = jnp.einsum("td,drk->trk", x[0], kernels)
-        scores += (self.rates[:, None] * positions[:, None, None]).astype(jnp.float32)
-        flat = scores.reshape(1, len(positions), -1)
         return selection_divergence(
             *self._rotated(query, key),
-            keep_sinks(flat, positions[None], config.num_sinks).reshape(scores.shape),
+            sloped_scores(scores, self.rates, num_sinks=config.num_sinks),
             num_selected=config.num_selected,
             sliding_window=config.sliding_window,
         )
@@ -364,6 +361,22 @@ def log_importance(
     ends = -np.expm1(-np.where(rates > 0, rates, 1))
     expected = jnp.where(rates > 0, -jnp.expm1(-rates * seen_by) / ends, seen_by)
     return jnp.log(jnp.maximum(mass[:, None] / expected[..., None], _LEAST_MASS))
+
+
+def sloped_scores(
+    scores: Float[Array, "T R S"], rates: Float[np.ndarray, " R"], *, num_sinks: int
+) -> Float[Array, "T R S"]:
+    """Adds each rate's slope to the scores of one row, and raises its sinks.
+
+    Args:
+      scores: For every rate.
+      rates: Per position.
+      num_sinks: First tokens with the highest scores.
+    """
+    positions = jnp.arange(len(scores))
+    scores += (rates[:, None] * positions[:, None, None]).astype(jnp.float32)
+    flat = scores.reshape(1, len(scores), -1)
+    return keep_sinks(flat, positions[None], num_sinks).reshape(scores.shape)
 
 
 def selection_divergence(
