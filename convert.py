@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from sparsek_jax.nn.config import KINDS
-from sparsek_jax.ops.attention import GATINGS
+from sparsek_jax.ops.gating import GATINGS
 from sparsek_jax.pretrained.calibrating import calibrate_model
 from sparsek_jax.pretrained.exporting import export_model
 from sparsek_jax.pretrained.families import AttentionOptions

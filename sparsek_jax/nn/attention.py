@@ -17,8 +17,8 @@ from sparsek_jax.nn.rotary import (
 from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import SparseKCache, extend_cache, init_cache, sparsek_attention
-from sparsek_jax.ops.attention import Gating
 from sparsek_jax.ops.cache import default_support_size
+from sparsek_jax.ops.gating import Gating
 from sparsek_jax.ops.memory import attend_after, goes_on, init_memory
 
 
@@ -440,6 +440,7 @@ class SparseKAttention(SelectiveAttention):
             d_model,
             1 if config.shared_scores else config.num_kv_heads,
             timestep_norm=config.timestep_norm,
+            score_scale=config.score_scale,
             slope=config.slope,
             learned_slope=config.learned_slope,
             num_sinks=config.num_sinks,

@@ -5,7 +5,8 @@ import functools
 import math
 from typing import Any, get_args
 
-from sparsek_jax.ops.attention import GATINGS, Implementation
+from sparsek_jax.ops.attention import Implementation
+from sparsek_jax.ops.gating import GATINGS
 
 KINDS = (
     *("sparsek", "dense", "window", "sinks", "random", "key_norm", "strided"),
@@ -40,7 +41,7 @@ class AttentionConfig:
       sliding_window: w, newest keys that a query always sees (all kinds but dense; "moba" selects
         so many more instead).
       block_size: Keys that "bigbird", "moba" and "nsa" select together; divides what they select.
-      gating: Of SparseK, "soft" or "straight_through"; what no scorer selects has no gates.
+      gating: Of SparseK, as in `sparsek_attention`; what no scorer selects has no gates.
       implementation: Of the SparseK operator, with which kinds attend that select keys and not
         blocks, one that it has; None for the best one.
       qk_norm: RMSNorm over every query and key head (Qwen3).
@@ -56,6 +57,7 @@ class AttentionConfig:
       rotary_fraction: Leading fraction of a head that is rotated (GPT-NeoX).
       shared_scores: SparseK's scorer gives one score for all KV heads instead of one for each.
       timestep_norm: It normalises scores causally.
+      score_scale: Standard deviation of its first scores, about.
       slope: What its scores gain per position.
       learned_slope: Each score learns such a gain in addition: how fast its head forgets.
       num_sinks: First tokens of a document that are always selected, among the k (all kinds but
@@ -84,6 +86,7 @@ class AttentionConfig:
     rotary_fraction: float = 1.0
     shared_scores: bool = False
     timestep_norm: bool = True
+    score_scale: float = 1.0
     slope: float = 1e-6
     learned_slope: bool = False
     num_sinks: int = 0
@@ -131,6 +134,7 @@ class AttentionConfig:
         for field in (*flags, "learned_slope"):
             expect(field, isinstance(getattr(self, field), bool), "True or False")
         positive = ("rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
+        positive += ("score_scale",)
         for field in (*positive, "rotary_fraction", "slope"):
             expect(field, _is_number(getattr(self, field)), "a finite number")
         for field in positive:

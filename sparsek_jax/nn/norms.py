@@ -89,8 +89,9 @@ class TimestepNorm(nnx.Module):
     first becomes 0. There is no bias: SparseK ignores a shift of all scores.
     """
 
-    def __init__(self, num_features: int, *, epsilon: float = 1e-5):
-        self.gain = nnx.Param(jnp.ones((num_features,), jnp.float32))
+    def __init__(self, num_features: int, *, gain: float = 1.0, epsilon: float = 1e-5):
+        """Initialises the gains, all to `gain`."""
+        self.gain = nnx.Param(jnp.full((num_features,), gain, jnp.float32))
         self.num_features = num_features
         self.epsilon = epsilon
 

@@ -57,6 +57,7 @@ class ScoringNetwork(nnx.Module):
         num_scores: int,
         *,
         timestep_norm: bool = True,
+        score_scale: float = 1.0,
         slope: float = 1e-6,
         learned_slope: bool = False,
         num_sinks: int = 0,
@@ -68,15 +69,17 @@ class ScoringNetwork(nnx.Module):
           d_model: Width of the input.
           num_scores: Scores per position: the KV heads, or 1.
           timestep_norm: Whether scores are normalised over time.
+          score_scale: Standard deviation of the first scores, about. The larger, the closer gates
+            are to 0 and 1.
           slope: Added per position within the document.
           learned_slope: Whether each score learns a slope in addition, from 0.
           num_sinks: First tokens of a document whose keys have the highest scores, whatever they
             are: they are always selected, with gates of 1.
           rngs: Source of the initial weights.
         """
-        init = nnx.initializers.lecun_normal()
-        self.kernel = nnx.Param(init(rngs.params(), (d_model, num_scores), jnp.float32))
-        self.norm = TimestepNorm(num_scores) if timestep_norm else None
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (d_model, num_scores), jnp.float32)
+        self.kernel = nnx.Param(kernel if timestep_norm else score_scale * kernel)
+        self.norm = TimestepNorm(num_scores, gain=score_scale) if timestep_norm else None
         self.slope, self.num_sinks = slope, num_sinks
         # Per SLOPE_UNIT positions.
         self.head_slope = nnx.Param(jnp.zeros(num_scores, jnp.float32)) if learned_slope else None

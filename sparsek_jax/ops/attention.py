@@ -9,16 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsek_jax.ops.gating import Gating, check_gating
 from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu, unsupported
 from sparsek_jax.ops.reference import sparsek_attention_reference
 from sparsek_jax.ops.selection import check_selection_arguments
 from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.ops.xla import sparsek_attention_xla
 
-Gating = Literal["soft", "straight_through"]
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-GATINGS = ("soft", "straight_through")
 _IMPLEMENTATIONS = {
     "reference": sparsek_attention_reference,
     "xla": sparsek_attention_xla,
@@ -60,8 +59,10 @@ def sparsek_attention(
         be float32.
       num_selected: k, at least 1; may exceed T.
       sliding_window: w, at least 0; may exceed T.
-      gating: "soft", or "straight_through": gates are 1 in the forward pass and have the soft
-        gate's gradient.
+      gating: "soft"; "straight_through": gates are 1 in the forward pass and have the soft gate's
+        gradient. Not of the paper: "soft_values", gates multiply values alone, and "soft_weights",
+        they multiply the softmax's weights before these are normalised, so that a key goes as its
+        gate goes to zero.
       scale: Factor on the logits; 1 / sqrt(H) by default.
       segment_ids: Optional integer ids of packed documents. A document is a maximal run of equal
         ids; none sees another.
@@ -178,9 +179,3 @@ def check_attention_arguments(query: Any, key: Any, value: Any, scores: Any, sca
         )
     if scale is not None and not (jnp.ndim(scale) == 0 and math.isfinite(scale)):
         raise ValueError(f"scale={scale!r} must be a finite float or None")
-
-
-def check_gating(gating: Any) -> None:
-    """Raises unless there is a gating of that name."""
-    if gating not in GATINGS:
-        raise ValueError(f"gating={gating!r} is unknown; expected one of {list(GATINGS)}")

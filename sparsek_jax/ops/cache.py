@@ -19,12 +19,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from sparsek_jax.ops.attention import (
-    Gating,
     Implementation,
     check_attention_arguments,
-    check_gating,
     sparsek_attention,
 )
+from sparsek_jax.ops.gating import Gating, check_gating, gated_logits, gates_sum, is_soft
 from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.ring import ages, rows_in_order
@@ -63,7 +62,7 @@ class Support:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["key", "value", "score", "position", "length", "support"],
-    meta_fields=["num_selected", "sliding_window"],
+    meta_fields=["num_selected", "sliding_window", "gating"],
 )
 @dataclasses.dataclass(frozen=True)
 class SparseKCache:
@@ -82,6 +81,7 @@ class SparseKCache:
       support: Scores of dropped keys; None if gates are 1 in the forward pass.
       num_selected: k.
       sliding_window: w.
+      gating: As in `sparsek_attention`.
     """
 
     key: Float[Array, "B K k+w H"]
@@ -92,6 +92,7 @@ class SparseKCache:
     support: Support | None
     num_selected: int
     sliding_window: int
+    gating: Gating
 
 
 class Dropped(NamedTuple):
@@ -166,7 +167,7 @@ def init_cache(
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
-    if gating != "soft" and support_size is not None:
+    if not is_soft(gating) and support_size is not None:
         raise ValueError(
             f"support_size={support_size} is of no use with gating={gating!r}; expected None"
         )
@@ -177,7 +178,7 @@ def init_cache(
         return jnp.full((batch_size, *shape), _EMPTY[field], dtype)
 
     support = None
-    if gating == "soft":
+    if is_soft(gating):
         size = default_support_size(num_selected) if support_size is None else support_size
         support = Support(
             score=empty("score", num_scores, size, dtype=jnp.float32),
@@ -194,6 +195,7 @@ def init_cache(
         support=support,
         num_selected=num_selected,
         sliding_window=sliding_window,
+        gating=gating,
     )
 
 
@@ -396,9 +398,12 @@ def _attend(query, cache, gate, scale):
     logits = scale * einsum_f32("bkgh,bkrh->bkgr", grouped, cache.key)
     gate = gate[:, :, None]
     exists = (cache.position >= 0)[:, :, None]
-    probabilities = jax.nn.softmax(jnp.where(exists, logits * gate, -jnp.inf), axis=-1)
-    weights = jnp.where(exists, probabilities * gate, 0.0).astype(cache.value.dtype)
-    out = einsum_f32("bkgr,bkrh->bkgh", weights, cache.value)
+    logits = gated_logits(cache.gating, logits, gate)
+    probabilities = jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=-1)
+    weights = jnp.where(exists, probabilities * gate, 0.0)
+    if gates_sum(cache.gating):
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    out = einsum_f32("bkgr,bkrh->bkgh", weights.astype(cache.value.dtype), cache.value)
     return out.reshape(query.shape).astype(query.dtype)
 
 
@@ -414,7 +419,7 @@ def _extend_by_many(
         *(jnp.swapaxes(x, 1, 2) for x in (sequence.key, sequence.value, sequence.score)),
         num_selected=k,
         sliding_window=w,
-        gating="straight_through" if cache.support is None else "soft",
+        gating=cache.gating,
         scale=scale,
         segment_ids=sequence.exists.astype(jnp.int32),
         implementation=implementation,

@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.block_config import BlockConfig, KernelConfigs, tuned
+from sparsek_jax.ops.gating import Gating, cotangents, gated_logits, gates_sum, is_soft, times
 from sparsek_jax.ops.selection import Selection, select
 from sparsek_jax.ops.tracing import varying_like
 
@@ -45,7 +46,7 @@ class _Settings(NamedTuple):
     list_size: int
     window: int
     scale: float
-    soft: bool
+    gating: Gating
     packed: bool
     configs: KernelConfigs
 
@@ -112,13 +113,13 @@ def _gates(settings, kind, query, key, *, with_interior=False) -> _Gates:
     (query_position, tau), (key_position, score, until) = query, key
     attended = query_position < until
     distance = score - tau
-    gate = jnp.minimum(distance, 1.0) if settings.soft else None
+    gate = jnp.minimum(distance, 1.0) if is_soft(settings.gating) else None
     # A NaN is interior, so that it shows in the scores' gradient.
     interior = ~((distance <= 0.0) | (distance >= 1.0)) if with_interior else None
     if kind == "slab":
         attended &= query_position >= key_position
         in_pool = query_position >= key_position + settings.window
-        if settings.soft:
+        if gate is not None:
             gate = jnp.where(in_pool, gate, 1.0)
         if with_interior:
             interior &= in_pool
@@ -129,10 +130,6 @@ def _gates(settings, kind, query, key, *, with_interior=False) -> _Gates:
 
 def _masked(attended, x, other):
     return x if attended is None else jnp.where(attended, x, other)
-
-
-def _times(x, gate):
-    return x if gate is None else x * gate
 
 
 # Which tiles a block of queries visits.
@@ -322,14 +319,16 @@ def _forward(settings: _Settings, config: BlockConfig, query, rows: _Keys, lists
                         _key_side(settings, config, buffers, slot, index, chunk_start, tile_shape),
                     )
                 plgpu.barrier_arrive(buffers.key_free.at[slot])
-                logits = _masked(gates.attended, _times(logits, gates.gate), -jnp.inf)
+                logits = gated_logits(settings.gating, logits, gates.gate)
+                logits = _masked(gates.attended, logits, -jnp.inf)
                 factor = settings.scale * _LOG2E
                 new_maximum = jnp.maximum(maximum, logits.max(axis=1) * factor)
                 decay = jnp.exp2(maximum - new_maximum)
                 p = jnp.exp2(logits * factor - _over_columns(new_maximum, tile_shape))
                 acc *= _over_columns(decay, out_shape)
-                total = total * decay + p.sum(axis=1)
-                weights = _times(p, gates.gate).astype(dtype)
+                weights = times(p, gates.gate)
+                total = total * decay + (weights if gates_sum(settings.gating) else p).sum(axis=1)
+                weights = weights.astype(dtype)
                 acc, total, new_maximum, weights = lax.optimization_barrier(
                     (acc, total, new_maximum, weights)
                 )
@@ -413,17 +412,17 @@ class _Outcome(NamedTuple):
     tau: Float[Array, "B K Tp"]
 
 
-def _cotangents(settings, gates, logits, d_weight, lse, delta):
+def _tile_cotangents(settings, gates, logits, d_weight, lse, delta):
     """Of one tile: `(weights, d_logits before the scale, d_gate)`; `lse`, `delta` broadcast."""
-    probability = jnp.exp2(_times(logits, gates.gate) * (settings.scale * _LOG2E) - lse)
+    gated = gated_logits(settings.gating, logits, gates.gate)
+    probability = jnp.exp2(gated * (settings.scale * _LOG2E) - lse)
     # Masked last: a NaN of a query must not reach keys that it does not attend to.
-    weights = _masked(gates.attended, _times(probability, gates.gate), 0.0)
-    d_gated = probability * (_times(d_weight, gates.gate) - delta)
-    d_logits = _masked(gates.attended, _times(d_gated, gates.gate), 0.0)
-    d_gate = None
-    if gates.interior is not None:
-        d_gate = probability * d_weight + d_gated * (logits * settings.scale)
-        d_gate = jnp.where(gates.interior, d_gate, 0.0)
+    weights = _masked(gates.attended, times(probability, gates.gate), 0.0)
+    d_logits, d_gate = cotangents(
+        settings.gating, probability, gates.gate, logits * settings.scale, d_weight, delta
+    )
+    d_logits = _masked(gates.attended, d_logits, 0.0)
+    d_gate = None if gates.interior is None else jnp.where(gates.interior, d_gate, 0.0)
     return weights, d_logits, d_gate
 
 
@@ -490,7 +489,7 @@ def _query_backward(
                         _key_side(settings, config, buffers, slot, index, chunk_start, tile_shape),
                         with_interior=True,
                     )
-                _, d_logits, d_gate = _cotangents(
+                _, d_logits, d_gate = _tile_cotangents(
                     settings,
                     gates,
                     logits,
@@ -658,7 +657,7 @@ def _key_backward(
                     tuple(_over_columns(x, tile_shape) for x in (position, score, seen_until)),
                     with_interior=True,
                 )
-                weights, d_logits, d_gate = _cotangents(
+                weights, d_logits, d_gate = _tile_cotangents(
                     settings, gates, logits, d_weight, lse, delta
                 )
                 if d_gate is not None:
@@ -849,7 +848,7 @@ def attend_selected(
         list_size=num_selected,
         window=sliding_window,
         scale=scale,
-        soft=gating == "soft",
+        gating=gating,
         packed=packed,
         configs=configs or tuned(head_dim),
     )

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsek_jax.ops.gating import Gating, gated_logits, gates_sum
 from sparsek_jax.ops.projection import sparsek
 from sparsek_jax.ops.selection import document_bounds
 
@@ -16,7 +17,7 @@ def sparsek_attention_reference(
     *,
     num_selected: int,
     sliding_window: int,
-    gating: str,
+    gating: Gating,
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
@@ -45,9 +46,12 @@ def sparsek_attention_reference(
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     with jax.default_matmul_precision("highest"):
         logits = jnp.einsum("btkgh,bskh->bkgts", grouped.astype(dtype), key.astype(dtype))
-        logits = jnp.where(attended, gate * logits * scale, -jnp.inf)
+        logits = jnp.where(attended, gated_logits(gating, logits * scale, gate), -jnp.inf)
+        weights = jax.nn.softmax(logits, axis=-1) * gate
+        if gates_sum(gating):
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         # A query whose pool holds a NaN must not spread it to keys that it does not attend to.
-        weights = jnp.where(attended, jax.nn.softmax(logits, axis=-1) * gate, 0.0)
+        weights = jnp.where(attended, weights, 0.0)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype))
     return out.reshape(query.shape).astype(query.dtype)
 

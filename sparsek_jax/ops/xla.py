@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from sparsek_jax.ops.gating import Gating, cotangents, gated_logits, gates_sum, is_soft
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import causal_selection
 from sparsek_jax.ops.tracing import varying_like
@@ -29,7 +30,7 @@ def sparsek_attention_xla(
     *,
     num_selected: int,
     sliding_window: int,
-    gating: str,
+    gating: Gating,
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
@@ -46,7 +47,7 @@ def sparsek_attention_xla(
             (scores, selection),
         )
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    settings = _Settings(selection.chunk_size, sliding_window, scale, gating == "soft")
+    settings = _Settings(selection.chunk_size, sliding_window, scale, gating)
     fixed = (selection.lifetimes.until, selection.candidates)
     arrays = (grouped, key, value, scores, selection.tau, fixed)
     # Under `shard_map` an argument may be replicated where another is split, such as shared scores
@@ -59,7 +60,7 @@ class _Settings(NamedTuple):
     chunk_size: int
     window: int
     scale: float
-    soft: bool
+    gating: Gating
 
 
 class _Queries(NamedTuple):
@@ -82,7 +83,6 @@ class _Keys(NamedTuple):
 
 class _Gates(NamedTuple):
     attended: Bool[Array, "B K C L"]
-    # What multiplies logit and value.
     gate: Float[Array, "B K C L"]
     # Selected keys, to which the gate's gradient flows, and those of them whose gate is strictly
     # between 0 and 1.
@@ -99,7 +99,7 @@ def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
     window = attended & ~selected
     distance = score - tau
     soft_gate = jnp.clip(distance, 0.0, 1.0)
-    if not settings.soft:
+    if not is_soft(settings.gating):
         # A hard gate of one, unless it is NaN.
         soft_gate = jnp.where(jnp.isnan(soft_gate), soft_gate, 1.0)
     gate = jnp.where(selected, soft_gate, jnp.where(window, 1.0, 0.0))
@@ -111,8 +111,12 @@ def _tile_forward(settings, queries, keys, gates):
     """Scaled logits before gating, probabilities, and the output `[B, C, K, G, H]` of one tile."""
     logits = settings.scale * einsum_f32("bckgh,bklh->bkgcl", queries.query, keys.key)
     gate = gates.gate[:, :, None]
-    gated = jnp.where(gates.attended[:, :, None], logits * gate, -jnp.inf)
+    gated = gated_logits(settings.gating, logits, gate)
+    gated = jnp.where(gates.attended[:, :, None], gated, -jnp.inf)
     probabilities = jax.nn.softmax(gated, axis=-1)
+    if gates_sum(settings.gating):
+        total = jnp.sum(probabilities * gate, axis=-1, keepdims=True)
+        probabilities = probabilities / total
     weights = (probabilities * gate).astype(keys.value.dtype)
     out = einsum_f32("bkgcl,bklh->bckgh", weights, keys.value)
     return logits, probabilities, out
@@ -125,13 +129,11 @@ def _tile_backward(settings, queries, keys, d_out):
     gate = gates.gate[:, :, None]
 
     d_weight = einsum_f32("bckgh,bklh->bkgcl", d_out, keys.value)
-    correction = jnp.sum(probabilities * gate * d_weight, axis=-1, keepdims=True)
-    d_gated = probabilities * (gate * d_weight - correction)
+    delta = jnp.sum(probabilities * gate * d_weight, axis=-1, keepdims=True)
+    d_logits, d_gate = cotangents(settings.gating, probabilities, gate, logits, d_weight, delta)
     # Products with a NaN of a key that is not attended must not spread.
-    d_logits = jnp.where(gates.attended[:, :, None], d_gated * gate, 0.0)
-    d_gate = jnp.where(
-        gates.interior, jnp.sum(probabilities * d_weight + d_gated * logits, axis=2), 0.0
-    )
+    d_logits = jnp.where(gates.attended[:, :, None], d_logits, 0.0)
+    d_gate = jnp.where(gates.interior, jnp.sum(d_gate, axis=2), 0.0)
 
     dtype = queries.query.dtype
     d_logits = (settings.scale * d_logits).astype(dtype)

@@ -57,7 +57,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.num_selected = 128
     config.attention.sliding_window = 128
     config.attention.block_size = 64  # of "bigbird", "moba" and "nsa"
-    config.attention.gating = "soft"  # or "straight_through"; of learned scores only
+    config.attention.gating = "soft"  # of learned scores only; others: sparsek_jax/ops/gating.py
     config.attention.implementation = ""  # "": the best; "reference", "xla", "mosaic_gpu"
     config.attention.qk_norm = False
     config.attention.qkv_bias = False
@@ -74,6 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.attention.rotary_fraction = 1.0
     config.attention.shared_scores = False
     config.attention.timestep_norm = True
+    config.attention.score_scale = 1.0  # standard deviation of the first scores
     config.attention.slope = 1e-6  # what scores gain per position
     config.attention.learned_slope = False  # each score learns a slope in addition, from 0
     config.attention.num_sinks = 0  # first tokens of a document, always among the selected ones

@@ -1,5 +1,7 @@
 """The numerical truth: float64, one query at a time, written from the definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,25 +73,30 @@ def attention(query, key, value, scores, *, k, window, gating, segment_ids=None)
     selection = [
         np.stack(x).reshape(batch, num_kv_heads, *x[0].shape) for x in zip(*rows, strict=True)
     ]
-    return _attend(query, key, value, scores, *selection, gating == "straight_through")
+    return _attend(query, key, value, scores, *selection, gating)
 
 
 # Operation by operation, a shape would take twice as long to compile, and every call to dispatch.
-@jax.jit
-def _attend(query, key, value, scores, attended, ones, interior, constant, straight_through):
+@functools.partial(jax.jit, static_argnums=8)
+def _attend(query, key, value, scores, attended, ones, interior, constant, gating):
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     u = jnp.swapaxes(scores, 1, 2)
     count = jnp.maximum(interior.sum(-1), 1)
     threshold = (jnp.einsum("bkts,bks->bkt", interior.astype(u.dtype), u) + constant) / count
     gate = jnp.where(interior, u[:, :, None] - threshold[..., None], 1.0 * ones)
-    hard = gate + jax.lax.stop_gradient(1.0 - gate)
-    gate = jnp.where(straight_through, hard, gate)[:, :, None]
-    attended = attended[:, :, None]
+    if gating == "straight_through":
+        gate = gate + jax.lax.stop_gradient(1.0 - gate)
+    gate, attended = gate[:, :, None], attended[:, :, None]
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key) / np.sqrt(head_dim)
-    weights = jax.nn.softmax(jnp.where(attended, logits * gate, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights * jnp.where(attended, gate, 0.0), value)
+    if gating in ("soft", "straight_through"):
+        logits = logits * gate
+    weights = jax.nn.softmax(jnp.where(attended, logits, -jnp.inf), axis=-1)
+    weights *= jnp.where(attended, gate, 0.0)
+    if gating == "soft_weights":
+        weights /= jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights, value)
     return out.reshape(query.shape)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sparsek_jax import sparsek_attention
+from sparsek_jax.ops.gating import GATINGS
 from tests.ops import oracle
 
 KERNELS = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
@@ -123,7 +124,7 @@ def run_oracle(case, gating, dtype):
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), GRID)
-@pytest.mark.parametrize("gating", ["soft", "straight_through"])
+@pytest.mark.parametrize("gating", GATINGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients(case, gating, dtype, implementation):
     inputs = make_inputs(case, dtype)
@@ -134,7 +135,7 @@ def test_outputs_and_gradients(case, gating, dtype, implementation):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("gating", ["soft", "straight_through"])
+@pytest.mark.parametrize("gating", GATINGS)
 @pytest.mark.parametrize("case", LONG_CASES, ids=str)
 def test_outputs_and_gradients_of_long_rows(case, gating):
     test_outputs_and_gradients(case, gating, "bfloat16", "mosaic_gpu")
@@ -282,7 +283,7 @@ def test_deterministic(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("gating", ["soft", "straight_through"])
+@pytest.mark.parametrize("gating", GATINGS)
 def test_nan_score_reaches_its_document_only(gating, implementation):
     case = Case(1, 2, 32, 40, 4, 3)
     query, key, value, scores, d_out, _ = make_inputs(case, dtype_of(implementation))

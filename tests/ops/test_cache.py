@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sparsek_jax import extend_cache, init_cache, reset_cache, sparsek_attention
+from sparsek_jax.ops.gating import GATINGS
 from tests.ops import oracle
 from tests.ops.test_attention import TOLERANCE, Case, errors, make_inputs
 
@@ -24,7 +25,6 @@ CASES = [
     Case(2, 1, 16, 57, 4, 64),
 ]
 CASE = CASES[0]
-GATINGS = ["soft", "straight_through"]
 
 
 def make_cache(case, batch=4, **changes):
@@ -112,7 +112,7 @@ def test_steps_and_chunks_match_the_float64_oracle(case, gating):
     chunked, out = in_chunks(empty, arrays, [19] * (case.length // 19))
     assert error(out, expected) <= 1e-6
     same_memory(stepped, chunked)
-    if gating == "soft":
+    if gating != "straight_through":
         assert stepped.support.num_lost.max() == 0
         np.testing.assert_allclose(stepped.support.tau, chunked.support.tau, rtol=1e-6)
 
@@ -154,12 +154,12 @@ def special_scores(case):
 
 
 @pytest.mark.parametrize(
-    ("case", "gating"), [(CASE, "soft"), (CASE, "straight_through"), (CASES[1], "soft")]
+    ("case", "gating"), [*((CASE, gating) for gating in GATINGS), (CASES[1], "soft")]
 )
 def test_tied_and_near_constant_scores(case, gating):
     query, key, value, _, _, _ = make_inputs(case)
     arrays = (query, key, value, special_scores(case))
-    size = case.length if gating == "soft" else None
+    size = case.length if gating != "straight_through" else None
     cache = make_cache(case, gating=gating, support_size=size)
     stepped, out = step_through(cache, *arrays)
     mixed, mixed_out = in_chunks(cache, arrays, [19] * 5)

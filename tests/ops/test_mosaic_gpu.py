@@ -18,9 +18,16 @@ from jax.sharding import PartitionSpec as P
 from sparsek_jax import sparsek_attention
 from sparsek_jax.ops import mosaic_gpu
 from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
+from sparsek_jax.ops.gating import GATINGS
 
 CONFIG = mosaic_gpu._Settings(
-    chunk_size=128, list_size=100, window=20, scale=0.3, soft=True, packed=False, configs=tuned(64)
+    chunk_size=128,
+    list_size=100,
+    window=20,
+    scale=0.3,
+    gating="soft",
+    packed=False,
+    configs=tuned(64),
 )
 
 
@@ -45,9 +52,9 @@ def tile_gates(config, kind, score, tau, position, until):
 
 
 @pytest.mark.parametrize("kind", ["slab", "list", "window"])
-@pytest.mark.parametrize("soft", [True, False])
-def test_tile_arithmetic_equals_autodiff(kind, soft):
-    config = CONFIG._replace(soft=soft)
+@pytest.mark.parametrize("gating", GATINGS)
+def test_tile_arithmetic_equals_autodiff(kind, gating):
+    config = CONFIG._replace(gating=gating)
     query, key, value, score, tau, position, until, d_out = make_tile()
     if kind == "list":
         position, until = position - 100, until - 10
@@ -61,15 +68,18 @@ def test_tile_arithmetic_equals_autodiff(kind, soft):
             attended = (position <= query_position) & (query_position < until)
             in_pool = query_position >= position + config.window
             gate = jnp.clip(score - tau[:, None], -1e9, 1)
-            if not soft:
+            if gating == "straight_through":
                 interior = (gate > 0) & (gate < 1)
                 gate = jnp.where(interior, gate, 1) + jax.lax.stop_gradient(
                     1 - jnp.where(interior, gate, 1)
                 )
             gate = jnp.where(in_pool, gate, 1)
-        logits = jnp.where(attended, query @ key.T * config.scale * gate, -jnp.inf)
-        weights = jax.nn.softmax(logits) * gate
-        return jnp.where(attended, weights, 0) @ value, jax.nn.logsumexp(logits, axis=1)
+        logits = query @ key.T * config.scale
+        if gating in ("soft", "straight_through"):
+            logits *= gate
+        terms = jnp.where(attended, jnp.exp(logits), 0)
+        total = jnp.sum(terms * gate if gating == "soft_weights" else terms, axis=1)
+        return terms * gate / total[:, None] @ value, jnp.log(total)
 
     if kind != "window":
         # A selected key's gate is positive; keep the tile so.
@@ -79,7 +89,7 @@ def test_tile_arithmetic_equals_autodiff(kind, soft):
     expected = vjp((d_out, jnp.zeros_like(lse)))
 
     gates = tile_gates(config, kind, score, tau, position, until)
-    weights, d_logits, d_gate = mosaic_gpu._cotangents(
+    weights, d_logits, d_gate = mosaic_gpu._tile_cotangents(
         config,
         gates,
         query @ key.T,
@@ -104,7 +114,7 @@ def test_a_query_s_nan_reaches_only_keys_that_it_attends_to():
     gates = tile_gates(CONFIG, "slab", score, tau, position, until)
     lse, delta = np.ones((len(tau), 1)), np.ones((len(tau), 1))
     lse[3] = delta[3] = np.nan
-    for x in mosaic_gpu._cotangents(CONFIG, gates, query @ key.T, d_out @ value.T, lse, delta):
+    for x in mosaic_gpu._tile_cotangents(CONFIG, gates, query @ key.T, d_out @ value.T, lse, delta):
         assert np.all(np.isfinite(x[~gates.attended]))
     assert np.all(np.isfinite(np.delete(x, 3, axis=0)))
 
@@ -146,6 +156,8 @@ def test_tiles_cover_every_key_once(length, chunk_size, window, list_size, block
         (12, 12, 64, 512, 512, 2048, "soft", False, "bfloat16"),
         (16, 2, 128, 1024, 512, 2048, "soft", False, "bfloat16"),
         (9, 3, 80, 100, 0, 1001, "straight_through", True, "bfloat16"),
+        (6, 2, 64, 100, 30, 600, "soft_values", True, "bfloat16"),
+        (6, 2, 64, 100, 30, 600, "soft_weights", True, "bfloat16"),
         (4, 1, 96, 7, 9, 65, "soft", True, "float16"),
         (2, 2, 60, 64, 64, 300, "soft", False, "float16"),
     ],

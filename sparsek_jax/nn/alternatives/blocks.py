@@ -6,6 +6,7 @@ time: memory is linear in T, while time is that of dense attention.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.cache import DenseCache, extend_dense_cache, init_dense_cache
-from sparsek_jax.nn.causal import over_query_chunks
+from sparsek_jax.nn.causal import by_platform, over_query_chunks
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
@@ -129,13 +130,19 @@ def attend_to_seen(
     num_keys, num_kv_heads = key.shape[1:3]
     groups = num_heads // num_kv_heads
     seen = jnp.broadcast_to(seen, (batch, num_kv_heads, groups, size, num_keys))
-    return jax.nn.dot_product_attention(
+
+    def attend(backend, query, key, value, seen):
+        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=backend)
+
+    # JAX has no gradient of cuDNN's attention for an odd length (0.11.2).
+    cuda = "xla" if size % 2 or num_keys % 2 else "cudnn"
+    return by_platform(
+        functools.partial(attend, cuda),
+        functools.partial(attend, "xla"),
         query,
         key.astype(query.dtype),
         value.astype(query.dtype),
-        mask=seen.reshape(batch, num_heads, size, num_keys),
-        # cuDNN would first write the mask as a bias of all heads.
-        implementation="xla",
+        seen.reshape(batch, num_heads, size, num_keys),
     )
 
 
