@@ -2,8 +2,8 @@ r"""Which attention learns associative recall, and what of SparseK it takes.
 
     python -m benchmarks.recall --to=runs/recall_study --seeds=3 [--jobs=6] [--arm=sparsek ...]
 
-Every arm is trained by train.py and configs/recall.py: a run on short rows, which arms with the
-same parameters share, and then one on long rows. Runs that are finished are not repeated, and
+Every arm is trained by train.py and configs/recall.py: a run on short rows with dense attention,
+which arms share, and then one on long rows. Runs that are finished are not repeated, and
 interrupted ones resume. At last it prints a table of the accuracy on held-out rows, and writes it
 as results.json and results.png. `--jobs` runs share the devices; times mean nothing then.
 `--notrain` reports what there is.
@@ -21,8 +21,6 @@ import numpy as np
 from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from sparsek_jax.nn.config import KINDS_WITH_PARAMETERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +41,13 @@ class Arm:
 
     @property
     def short_name(self) -> str:
-        """Of the run on short rows: its kind, and what is not as in the recipe."""
-        kind = self.kind if self.kind in KINDS_WITH_PARAMETERS else "dense"
+        """Of the run on short rows: what is not as in the recipe."""
         parts = [f"{name.split('.')[-1]}={value}" for name, value in self.fields.items()]
-        return ",".join(["short", kind, *parts]).replace(":", "-")
+        return ",".join(["short", *parts]).replace(":", "-")
 
     def short_command(self, workdir, seed):
         """Of train.py."""
-        kind = self.kind if self.kind in KINDS_WITH_PARAMETERS else "dense"
-        fields = {"attention.pattern": ("window", kind), **self.fields, "seed": seed}
-        return _command("configs/recall.py", workdir, fields)
+        return _command("configs/recall.py", workdir, {**self.fields, "seed": seed})
 
     def command(self, start, workdir, seed):
         """Of train.py, from the run on short rows in `start`."""
@@ -84,7 +79,7 @@ ARMS = {
     "window": Arm(_KINDS, "window", long_fields=_attention(sliding_window=128)),
     "gated_linear": Arm(_KINDS, "gated_linear"),
     "sparsek_linear": Arm(_KINDS, "sparsek_linear"),
-    "nsa": Arm(_KINDS, "nsa", fields=_attention(block_size=14)),
+    "nsa": Arm(_KINDS, "nsa", long_fields=_attention(block_size=14)),
     "moba": Arm(_KINDS, "moba", long_fields=_attention(block_size=16)),
     "bigbird": Arm(_KINDS, "bigbird", long_fields=_attention(block_size=14)),
     "lsh": Arm(_KINDS, "lsh", long_fields=_attention(num_selected=124)),
@@ -94,7 +89,11 @@ ARMS = {
     "k = 510": Arm(_ABLATIONS, long_fields=_attention(num_selected=510)),
     "w = 8": Arm(_ABLATIONS, long_fields=_attention(sliding_window=8)),
     "w = 32": Arm(_ABLATIONS, long_fields=_attention(sliding_window=32)),
+    "gates on values": Arm(_ABLATIONS, long_fields=_attention(gating="soft_values")),
+    "gates on weights": Arm(_ABLATIONS, long_fields=_attention(gating="soft_weights")),
     "straight-through": Arm(_ABLATIONS, long_fields=_attention(gating="straight_through")),
+    "score scale 1/4": Arm(_ABLATIONS, long_fields=_attention(score_scale=0.25)),
+    "score scale 4": Arm(_ABLATIONS, long_fields=_attention(score_scale=4.0)),
     "no TimestepNorm": Arm(_ABLATIONS, long_fields=_attention(timestep_norm=False)),
     "no slope": Arm(_ABLATIONS, long_fields=_attention(slope=0.0)),
     "slope 1e-3": Arm(_ABLATIONS, long_fields=_attention(slope=1e-3)),
@@ -181,7 +180,7 @@ def main(_):
         return to / f"{arm.short_name},seed={seed}"
 
     def place(name, seed):
-        return to / f"{name.replace(' ', '')},seed={seed}"
+        return to / f"{name.replace(' ', '').replace('/', '-')},seed={seed}"
 
     starts = {short(arm, seed): (arm, seed) for _, arm, seed in runs}
     if _TRAIN.value:

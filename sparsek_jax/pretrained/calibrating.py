@@ -74,7 +74,7 @@ def calibrate_model(
         was trained with dense attention.
       num_selected: k; None: as in `workdir`.
       sliding_window: w; None: as in `workdir`.
-      gating: How gates act, "soft" or "straight_through"; None: as in `workdir`.
+      gating: As in `sparsek_attention`; None: as in `workdir`.
       length: Tokens in a row.
       max_rows: Most rows of one text, the first ones.
 

@@ -48,7 +48,7 @@ class AttentionOptions:
       num_selected: k.
       sliding_window: w.
       block_size: Of kinds that select blocks.
-      gating: "soft" or "straight_through".
+      gating: As in `sparsek_attention`.
     """
 
     kind: str | None = None

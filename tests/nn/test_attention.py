@@ -8,6 +8,7 @@ from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, SparseKAttention
 from sparsek_jax.nn.alternatives import DenseAttention, WindowAttention
+from sparsek_jax.ops.gating import GATINGS
 
 CONFIG = AttentionConfig(
     num_heads=4,
@@ -72,7 +73,7 @@ def test_scores_are_returned_on_request(shared, count):
     assert make(DenseAttention)(X, return_scores=True)[1] is None
 
 
-@pytest.mark.parametrize("gating", ["soft", "straight_through"])
+@pytest.mark.parametrize("gating", GATINGS)
 def test_the_scorer_learns_from_the_output(gating):
     layer = make(SparseKAttention, dataclasses.replace(CONFIG, gating=gating))
     gradient = nnx.grad(lambda layer: (layer(X) ** 2).sum())(layer)

@@ -7,9 +7,12 @@ from flax import nnx
 from sparsek_jax.nn import ScoringNetwork
 
 
+@pytest.mark.parametrize("score_scale", [1.0, 3.0])
 @pytest.mark.parametrize("timestep_norm", [False, True])
-def test_score_is_norm_of_projection_plus_slope(timestep_norm):
-    scorer = ScoringNetwork(6, 2, timestep_norm=timestep_norm, slope=0.25, rngs=nnx.Rngs(0))
+def test_score_is_norm_of_projection_plus_slope(timestep_norm, score_scale):
+    scorer = ScoringNetwork(
+        6, 2, timestep_norm=timestep_norm, score_scale=score_scale, slope=0.25, rngs=nnx.Rngs(0)
+    )
     x = jax.random.normal(jax.random.key(0), (1, 9, 6))
     ids = jnp.array([[1] * 4 + [2] * 5])
     expected = np.asarray(x, np.float64)[0] @ np.asarray(scorer.kernel[...], np.float64)
@@ -18,8 +21,22 @@ def test_score_is_norm_of_projection_plus_slope(timestep_norm):
         if timestep_norm:
             seen = expected[start : t + 1]
             expected[t] = (expected[t] - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-5)
+            expected[t] *= score_scale
         expected[t] += 0.25 * (t - start)
     np.testing.assert_allclose(scorer(x, ids)[0], expected, atol=1e-4)
+
+
+def test_the_scale_of_first_scores_is_in_the_gain_or_the_kernel():
+    x = jax.random.normal(jax.random.key(0), (8, 64, 32))
+    for timestep_norm in (False, True):
+        one, three = (
+            ScoringNetwork(
+                32, 2, timestep_norm=timestep_norm, score_scale=scale, slope=0.0, rngs=nnx.Rngs(0)
+            )(x)
+            for scale in (1.0, 3.0)
+        )
+        np.testing.assert_allclose(three, 3 * one, atol=1e-5)
+        assert 0.5 < jnp.std(one) < 1.5
 
 
 def test_a_learned_slope_is_per_64_positions_of_the_document():
