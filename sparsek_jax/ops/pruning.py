@@ -3,7 +3,7 @@
 Thresholds only rise, and adding keys to a pool only raises them. So the threshold of any stretch of
 positions that lies in a key's own document and does not go beyond the key is a lower bound of that
 of every pool the key is ever in. A key below such a bound is never selected and never has a gate.
-Of scores in no particular order about `3k (1 + ln(T / 3k))` remain.
+Of scores in no particular order about `2.5k (1 + ln(T / 2.5k))` remain.
 """
 
 import math
@@ -12,28 +12,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-_ROUNDS = 4  # each leaves an eighth of the interval
-_STRETCHES = 256  # of the shortest kind, at most; what is joined is a table of all pairs
+_POINTS = (15, 15, 31)  # at which sums are taken, round by round
+_BLOCKS = 256  # that a row is cut into, at most; what is joined is a table of all pairs
 _MARGIN = 1.001  # what float32 sums may be off by, and more
 
 
 def capacities(num_selected: int, length: int) -> list[int]:
-    """How many remaining keys to make room for: usually the first, less often the second.
+    """How many remaining keys to make room for: usually the first, seldom the last.
 
     Powers of two, as sorting takes as long as for the next one; none where it would not pay.
     """
-    expected = 3 * num_selected * (1 + math.log(max(length / (3 * num_selected), 1)))
-    room = _power_of_two(1.25 * expected + _shortest(num_selected, length))
-    return [x for x in (room, 2 * room) if 2 * x <= length]
+    many = 2.5 * num_selected
+    expected = many * (1 + math.log(max(length / many, 1)))
+    room = _power_of_two(expected + max(expected / 4, _block_size(num_selected, length)))
+    return [x for x in (room, 2 * room, 4 * room) if 2 * x <= length]
 
 
 def _power_of_two(least: float) -> int:
     return 1 << math.ceil(math.log2(least))
 
 
-def _shortest(num_selected: int, length: int) -> int:
-    """Positions of the shortest stretches that bound a threshold."""
-    return _power_of_two(max(2 * num_selected, length / _STRETCHES))
+def _block_size(num_selected: int, length: int) -> int:
+    """Positions of a block, which has a threshold of its own only if it holds more than k keys."""
+    return _power_of_two(max(2 * num_selected, length / _BLOCKS))
 
 
 def may_matter(
@@ -47,38 +48,37 @@ def may_matter(
       num_selected: k.
     """
     (length,) = u.shape
-    smallest = _shortest(num_selected, length)
-    if smallest > length:
+    size = _block_size(num_selected, length)
+    if size > length:
         return jnp.ones((length,), bool)
-    num_levels = (length // smallest).bit_length()
-    num_blocks = length // smallest
-    blocks = u[: num_blocks * smallest].reshape(num_blocks, smallest)
-    # Level l joins 2^l neighbouring blocks; each block holds the value of those it is joined to.
-    level = np.arange(num_levels, dtype=np.int32)[:, None]
-    run = np.arange(num_blocks, dtype=np.int32) >> level
-    run_start, run_end = run << level, np.minimum((run + 1) << level, num_blocks)
-    low = jnp.full(run.shape, u.min() - 1.0)
-    high = jnp.full(run.shape, u.max())
+    num_blocks = length // size
+    blocks = u[: num_blocks * size].reshape(num_blocks, size)
+    # With every block ends a stretch: all whole blocks of its last key's document up to there.
+    block = np.arange(num_blocks, dtype=np.int32)
+    first = (start[size - 1 :: size] + size - 1) // size
+    is_joined = (first[:, None] <= block) & (block <= block[:, None])
 
-    # Sums are rounded down to integers, whose prefix sums are exact.
+    # Sums are rounded down to integers, whose sums are exact.
     unit = 2.0 ** (30 - (length - 1).bit_length())
     enough = math.ceil(_MARGIN * num_selected * unit)
-    eighths = np.arange(1, 8, dtype=np.float32)[:, None, None] / 8
-    for _ in range(_ROUNDS):
-        # Axes: point, level, block.
-        points = low + (high - low) * eighths
-        gates = jnp.clip(blocks - points[..., None], 0.0, 1.0).sum(axis=-1)
-        up_to = jnp.cumsum((gates * unit).astype(jnp.int32), axis=-1)
-        before = jnp.where(run_start > 0, up_to[:, level, run_start - 1], 0)
-        above = up_to[:, level, run_end - 1] - before >= enough
-        low, high = (
-            jnp.maximum(low, jnp.where(above, points, -jnp.inf).max(axis=0)),
-            jnp.minimum(high, jnp.where(above, jnp.inf, points).min(axis=0)),
-        )
+    low, high = u.min() - 1.0, u.max()
+    bounds = jnp.full((num_blocks,), low)
+    for num_points in _POINTS:
+        # The same for all stretches, so that every key's gate is computed once a point.
+        step = (high - low) / (num_points + 1)
+        points = low + step * np.arange(1, num_points + 1, dtype=np.float32)
+        gates = jnp.clip(blocks - points[:, None, None], 0.0, 1.0).sum(axis=-1)
+        gates = (gates * unit).astype(jnp.int32)
+        # Axes: point, stretch, block.
+        is_below = jnp.where(is_joined, gates[:, None], 0).sum(axis=-1) >= enough
+        bounds = jnp.maximum(bounds, jnp.where(is_below, points[:, None], -jnp.inf).max(axis=0))
+        # Between the lowest and the highest of the thresholds, points are closer next time.
+        low = jnp.minimum(jnp.where(first <= block, bounds, high).min(), high)
+        high = jnp.minimum(bounds.max() + step, high)
 
-    position = jnp.arange(length, dtype=jnp.int32)
-    last = ((position + 1) // smallest >> level) - 1
-    is_past = (last >= 0) & ((last << level) * smallest >= start)
-    bounds = jnp.where(is_past, low[level, jnp.maximum(last, 0) << level], -jnp.inf).max(axis=0)
+    # The newest stretch that does not go beyond a key; it must not begin before the document.
+    bounds = jnp.pad(jnp.repeat(bounds, size), (size - 1, 0), constant_values=-jnp.inf)
+    ends = np.arange(1, length + 1, dtype=np.int32) // size * size
+    bounds = jnp.where(start <= ends - size, bounds[:length], -jnp.inf)
     # Points may have been rounded one way where they were tried and another where they were taken.
     return u >= bounds - 1e-6 * jnp.abs(bounds)
