@@ -226,28 +226,33 @@ def _thresholds(settings, scores, documents):
     """Cutoff score and index, tau, and every key's lifetime; a row a sequence and KV head."""
     start, end = documents
     length = scores.shape[1]
-    finite = jnp.where(jnp.isfinite(scores), scores, 0.0)
+    is_finite = jnp.isfinite(scores)
+    finite = jnp.where(is_finite, scores, 0.0)
     rooms = capacities(settings.num_selected, length)
     searches = [lambda: _search(settings, finite, start, end)]
     chosen = 0
+    counted = [~is_finite]
     if rooms:
         keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
             finite, start
         )
-        num_kept = jnp.max(jnp.sum(keep, axis=1))
+        counted.append(keep)
+    # Both at once: a prefix sum takes a GPU several launches.
+    num_bad, *others = jnp.cumsum(jnp.stack(counted), axis=2, dtype=jnp.int32)
+    if rooms:
+        (num_kept,) = others
         for room in reversed(rooms):
             # The smallest nearly always suffices.
             search = functools.partial(_search_kept, settings, room, unroll=room == rooms[0])
-            searches.append(functools.partial(search, finite, keep, start, end))
-        chosen = jnp.sum(num_kept <= np.array(rooms), dtype=jnp.int32)
-    found = jax.lax.switch(chosen, searches)
-    tau, kth, lifetimes = found
+            searches.append(functools.partial(search, finite, keep, num_kept, start, end))
+        chosen = jnp.sum(jnp.max(num_kept[:, -1]) <= np.array(rooms), dtype=jnp.int32)
+    tau, kth, lifetimes = jax.lax.switch(chosen, searches)
 
     stop = _pool_end(settings.window, start)
     row = rows_of(scores)
     everything = stop - start <= settings.num_selected
     cutoff_index = jnp.where(everything, length, kth)
-    bad = jnp.pad(jnp.cumsum(~jnp.isfinite(scores), axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    bad = jnp.pad(num_bad, ((0, 0), (1, 0)))
     has_bad = gather(bad, row, stop) > gather(bad, row, start)
     poison = jnp.where(has_bad, jnp.nan, 0.0)
     cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, row, kth)) + poison
@@ -273,18 +278,17 @@ def _search(settings, scores, start, end):
     return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
 
 
-def _search_kept(settings, room, scores, keep, start, end, *, unroll):
-    """`_search` among the keys marked `keep`, of which there are at most `room`."""
+def _search_kept(settings, room, scores, keep, up_to, start, end, *, unroll):
+    """`_search` among the keys marked `keep`; `up_to` counts them, at most `room` in all."""
     num_rows, length = scores.shape
     row = rows_of(scores)
     ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), scores.shape)
-    up_to = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
     num_kept = up_to[:, -1:]
-    position = jnp.full((num_rows, room), length, jnp.int32)
+    position = jax.lax.empty((num_rows, room), jnp.int32)
     position = scatter(position, (row, up_to - 1), ids, where=keep)
     # What is left of the room is a document that nobody asks for.
-    is_free = position == length
-    position = jnp.minimum(position, length - 1)
+    is_free = jnp.arange(room, dtype=jnp.int32) >= num_kept
+    position = jnp.where(is_free, length - 1, position)
     if settings.packed:
         ends = gather(up_to, row, gather(end, row, position) - 1)
         starts = gather(start, row, position)
@@ -299,13 +303,14 @@ def _search_kept(settings, room, scores, keep, start, end, *, unroll):
 
     # Thresholds change only where a kept key enters, so these are all there are.
     tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends, unroll=unroll)
-    newest = jnp.maximum(gather(up_to, row, _newest(settings, start)) - 1, 0)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
     # All others are dropped when they would enter the pool.
-    until = scatter(ids + settings.window, (row, position), entry, where=~is_free)
-    slot = scatter(jnp.zeros_like(ids), (row, position), slot, where=~is_free)
+    place = jnp.maximum(up_to - 1, 0)
+    until = jnp.where(keep, gather(entry, row, place), ids + settings.window)
+    slot = jnp.where(keep, gather(slot, row, place), 0)
     lifetimes = Lifetimes(jnp.minimum(until, end), slot)
+    newest = gather(place, row, _newest(settings, start))
     return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
 
 
