@@ -4,9 +4,10 @@ XLA computes such an index on the spot, where it would write index vectors for s
 a mapped one, to memory first: on a GPU one launch instead of two or three.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Int32, Shaped
 
 
 def rows_of(x: Shaped[Array, "R n"]) -> Shaped[np.ndarray, "R 1"]:
@@ -29,6 +30,12 @@ def scatter(
         flat = jnp.where(where, flat, x.size)
     values = jnp.broadcast_to(values, flat.shape)
     return x.reshape(-1).at[flat].set(values, mode="drop").reshape(x.shape)
+
+
+def permute(x: Shaped[Array, "R n"], target: Int32[Array, "R n"]) -> Shaped[Array, "R n"]:
+    """Moves `x[r, i]` to `target[r, i]`, of which every row is a permutation."""
+    # As all of it is overwritten, nothing need be written first.
+    return scatter(jax.lax.empty(x.shape, x.dtype), (rows_of(x), target), x)
 
 
 def _flat(shape, index):

@@ -242,8 +242,9 @@ def _thresholds(settings, scores, documents):
     if rooms:
         (num_kept,) = others
         for room in reversed(rooms):
-            # The smallest nearly always suffices.
-            search = functools.partial(_search_kept, settings, room, unroll=room == rooms[0])
+            # The smallest suffices nearly always, of those that are left the next.
+            effort = {"at_once": room in rooms[:2], "unroll": room == rooms[0]}
+            search = functools.partial(_search_kept, settings, room, **effort)
             searches.append(functools.partial(search, finite, keep, num_kept, start, end))
         chosen = jnp.sum(jnp.max(num_kept[:, -1]) <= np.array(rooms), dtype=jnp.int32)
     tau, kth, lifetimes = jax.lax.switch(chosen, searches)
@@ -278,7 +279,7 @@ def _search(settings, scores, start, end):
     return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
 
 
-def _search_kept(settings, room, scores, keep, up_to, start, end, *, unroll):
+def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
     """`_search` among the keys marked `keep`; `up_to` counts them, at most `room` in all."""
     num_rows, length = scores.shape
     row = rows_of(scores)
@@ -302,7 +303,7 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, *, unroll):
     kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))
 
     # Thresholds change only where a kept key enters, so these are all there are.
-    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends, unroll=unroll)
+    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends, **effort)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
     # All others are dropped when they would enter the pool.
@@ -314,10 +315,10 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, *, unroll):
     return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
 
 
-def _at_entries(settings, scores, start, end, *, unroll=False):
+def _at_entries(settings, scores, start, end, **effort):
     """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
     tau, kth = thresholds_of_prefixes(
-        scores, start, end, settings.num_selected, packed=settings.packed, unroll=unroll
+        scores, start, end, settings.num_selected, packed=settings.packed, **effort
     )
     entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start
     tau = jnp.where(entered >= settings.num_selected, tau, -jnp.inf)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsek_jax import causal_selection
+from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.pruning import capacities, may_matter
 from tests.ops import oracle
 
@@ -113,6 +114,23 @@ def test_pruning_keeps_what_matters(kind, is_packed):
         assert t not in oracle.selected(u, pool, k)
     if kind in ("gaussian", "falling", "heavy_tailed") and not is_packed:
         assert kept.sum() < capacities(k, length)[0]
+
+
+@pytest.mark.parametrize(("length", "k"), [(3, 1), (40, 6), (600, 20), (5000, 64)])
+def test_levels_at_once_equal_one_after_the_other(length, k):
+    scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
+    segment_ids = np.broadcast_to(packed(length), scores.shape)
+    starts = np.stack([oracle.document_starts(ids, length) for ids in segment_ids])
+    # Documents begin anew where the reversed row's end.
+    ends = length - np.stack([oracle.document_starts(x[::-1], length)[::-1] for x in segment_ids])
+    bounds = [jnp.asarray(x, jnp.int32) for x in (starts, ends)]
+
+    def find(at_once):
+        search = functools.partial(thresholds_of_prefixes, packed=True, at_once=at_once)
+        return jax.jit(search, static_argnums=3)(scores, *bounds, k)
+
+    for x, y in zip(find(True), find(False), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @settings(max_examples=60)
