@@ -1,0 +1,48 @@
+"""Benchmarks run as users run them, small, and recall's commands start where they should."""
+
+import json
+import subprocess
+import sys
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_recall_reports_the_runs_that_ended(tmp_path):
+    for run_name, accuracies in {
+        "nsa,seed=0": {100: 0.25, 400: 0.5},
+        "scorescale1-4,anyfiller,seed=0": {400: 1.0},
+        "dense,seed=0": {100: 1.0},  # not at its end
+    }.items():
+        workdir = tmp_path / run_name
+        workdir.mkdir()
+        (workdir / "config.json").write_text(json.dumps({"train": {"steps": 400}}))
+        lines = [json.dumps({"step": s, "validation_accuracy": a}) for s, a in accuracies.items()]
+        (workdir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    arms = ("nsa", "dense", "score scale 1/4, any filler")
+    out = run(
+        "recall", "--notrain", "--seeds=1", f"--to={tmp_path}", *(f"--arm={arm}" for arm in arms)
+    )
+    assert "| nsa | 50.0% | 50.0% |" in out
+    assert "| score scale 1/4, any filler | 100.0% | 100.0% |" in out
+    assert "dense" not in out
+    record = json.loads((tmp_path / "results.json").read_text())
+    # Also a kind with parameters of its own starts from the dense run, one for each corpus.
+    assert set(record["short"]) == {"short,seed=0", "short,tokenizer=ids-128,num_fillers=0,seed=0"}
+    assert record["long"]["nsa"] == [{"accuracy": 0.5, "curve": [[100, 0.25], [400, 0.5]]}]
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_times_each_length():
+    out = run(
+        "scaling", "--length=96,192", "--num_selected=8", "--sliding_window=16", "--repeats=1"
+    )
+    records = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [(x["mode"], x["length"]) for x in records] == [
+        (mode, length) for mode in ("forward", "forward+backward") for length in (96, 192)
+    ]
+    assert all(x["ms"] > 0 for x in records)
