@@ -10,6 +10,13 @@ settings.register_profile("deterministic", derandomize=True, deadline=None, data
 settings.load_profile("deterministic")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Frees a module's programs: all together need more memory maps than Linux grants a process."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
     lacking = {}
     if jax.default_backend() != "gpu":
