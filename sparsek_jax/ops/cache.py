@@ -23,7 +23,14 @@ from sparsek_jax.ops.attention import (
     check_attention_arguments,
     sparsek_attention,
 )
-from sparsek_jax.ops.gating import Gating, check_gating, gated_logits, gates_sum, is_soft
+from sparsek_jax.ops.gating import (
+    Gating,
+    check_gating,
+    gated_logits,
+    gates_sum,
+    is_soft,
+    least_gate,
+)
 from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.ring import ages, rows_in_order
@@ -386,6 +393,7 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale, retur
         length=cache.length + active,
         support=support,
     )
+    gate = jnp.maximum(gate, least_gate(cache.gating))
     gate = jnp.where(jnp.isnan(score[..., :k]), jnp.nan, gate)
     gate = jnp.concatenate([gate, jnp.ones_like(score[..., k:])], axis=-1)
     out = _attend(query[:, 0], cache, gate, scale)[:, None]
@@ -402,7 +410,9 @@ def _attend(query, cache, gate, scale):
     probabilities = jax.nn.softmax(jnp.where(exists, logits, -jnp.inf), axis=-1)
     weights = jnp.where(exists, probabilities * gate, 0.0)
     if gates_sum(cache.gating):
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        # Zero where nothing was ever appended.
+        weights = weights / jnp.where(total == 0, 1.0, total)
     out = einsum_f32("bkgr,bkrh->bkgh", weights.astype(cache.value.dtype), cache.value)
     return out.reshape(query.shape).astype(query.dtype)
 

@@ -4,7 +4,7 @@ Let a be the scaled logit, m the gate and v the value. A query's output is `sum(
 
     "soft"          weight = m exp(m a) / sum(exp(m a))     the paper's: m multiplies key and value
     "soft_values"   weight = m exp(a) / sum(exp(a))
-    "soft_weights"  weight = m exp(a) / sum(m exp(a))       a gate of zero is as good as no key
+    "soft_weights"  weight = m exp(a) / sum(m exp(a))       a gate near zero is as good as no key
 
 Of all three the exponential over the sum is called the probability. "straight_through" is "soft"
 with gates of one in the forward pass and in its derivatives, and the soft gate's gradient.
@@ -32,6 +32,15 @@ def is_soft(gating: Gating) -> bool:
 def gates_sum(gating: Gating) -> bool:
     """Whether gates act on the sum that weights are divided by."""
     return gating == "soft_weights"
+
+
+def least_gate(gating: Gating) -> float:
+    """What selected keys' gates are at least, however they round.
+
+    They are positive, and those of a query may all round to zero where scores share a large offset:
+    the sum that weights are divided by must not.
+    """
+    return 2.0**-24 if gates_sum(gating) else 0.0
 
 
 def times(x: Float[Array, "..."], gate: Float[Array, "..."] | None) -> Float[Array, "..."]:

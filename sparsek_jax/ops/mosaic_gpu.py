@@ -23,7 +23,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.block_config import BlockConfig, KernelConfigs, tuned
-from sparsek_jax.ops.gating import Gating, cotangents, gated_logits, gates_sum, is_soft, times
+from sparsek_jax.ops.gating import (
+    Gating,
+    cotangents,
+    gated_logits,
+    gates_sum,
+    is_soft,
+    least_gate,
+    times,
+)
 from sparsek_jax.ops.selection import Selection, select
 from sparsek_jax.ops.tracing import varying_like
 
@@ -114,6 +122,8 @@ def _gates(settings, kind, query, key, *, with_interior=False) -> _Gates:
     attended = query_position < until
     distance = score - tau
     gate = jnp.minimum(distance, 1.0) if is_soft(settings.gating) else None
+    if gates_sum(settings.gating):
+        gate = jnp.maximum(gate, least_gate(settings.gating))
     # A NaN is interior, so that it shows in the scores' gradient.
     interior = ~((distance <= 0.0) | (distance >= 1.0)) if with_interior else None
     if kind == "slab":

@@ -62,6 +62,8 @@ def may_matter(
     unit = 2.0 ** (30 - (length - 1).bit_length())
     enough = math.ceil(_MARGIN * num_selected * unit)
     low, high = u.min() - 1.0, u.max()
+    # Points may be rounded one way where they are tried and another where they are taken.
+    margin = 1e-6 * jnp.maximum(jnp.abs(low), jnp.abs(high))
     bounds = jnp.full((num_blocks,), low)
     for num_points in _POINTS:
         # The same for all stretches, so that every key's gate is computed once a point.
@@ -80,5 +82,4 @@ def may_matter(
     bounds = jnp.pad(jnp.repeat(bounds, size), (size - 1, 0), constant_values=-jnp.inf)
     ends = np.arange(1, length + 1, dtype=np.int32) // size * size
     bounds = jnp.where(start <= ends - size, bounds[:length], -jnp.inf)
-    # Points may have been rounded one way where they were tried and another where they were taken.
-    return u >= bounds - 1e-6 * jnp.abs(bounds)
+    return u >= bounds - margin

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsek_jax.ops.gating import Gating, gated_logits, gates_sum
+from sparsek_jax.ops.gating import Gating, gated_logits, gates_sum, least_gate
 from sparsek_jax.ops.projection import sparsek
 from sparsek_jax.ops.selection import document_bounds
 
@@ -40,6 +40,7 @@ def sparsek_attention_reference(
     ranked = jnp.argsort(jnp.where(pool[:, None], -rows, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(ranked, axis=-1)
     selected = pool[:, None] & (rank < num_selected)
+    gate = jnp.maximum(gate, least_gate(gating))
     gate = jnp.where(selected, gate, jnp.where(window[:, None], 1.0, 0.0))[:, :, None]
     attended = (selected | window[:, None])[:, :, None]
 

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from sparsek_jax.ops.gating import Gating, cotangents, gated_logits, gates_sum, is_soft
+from sparsek_jax.ops.gating import (
+    Gating,
+    cotangents,
+    gated_logits,
+    gates_sum,
+    is_soft,
+    least_gate,
+)
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import causal_selection
 from sparsek_jax.ops.tracing import varying_like
@@ -98,7 +105,7 @@ def _gates(settings: _Settings, queries: _Queries, keys: _Keys) -> _Gates:
     selected = attended & (key_position <= query_position - settings.window)
     window = attended & ~selected
     distance = score - tau
-    soft_gate = jnp.clip(distance, 0.0, 1.0)
+    soft_gate = jnp.clip(distance, least_gate(settings.gating), 1.0)
     if not is_soft(settings.gating):
         # A hard gate of one, unless it is NaN.
         soft_gate = jnp.where(jnp.isnan(soft_gate), soft_gate, 1.0)

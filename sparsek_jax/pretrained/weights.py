@@ -156,6 +156,7 @@ def _new_scorers(config: nn.DecoderConfig, seed: int) -> Params:
             config.d_model,
             1 if attention.shared_scores else attention.num_kv_heads,
             timestep_norm=attention.timestep_norm,
+            score_scale=attention.score_scale,
             slope=attention.slope,
             learned_slope=attention.learned_slope,
             rngs=rngs,

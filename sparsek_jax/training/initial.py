@@ -28,7 +28,7 @@ from sparsek_jax.training.workdir import load_config
 # Fields that may differ without a warning: attention to choose, and how things are computed.
 _FREE = {
     *("attention", "kind", "pattern", "num_selected", "sliding_window", "block_size"),
-    *("gating", "implementation", "remat", "scan_layers", "dtype"),
+    *("gating", "score_scale", "implementation", "remat", "scan_layers", "dtype"),
 }
 
 

@@ -332,6 +332,26 @@ def test_nan_score_reaches_its_document_only(gating, implementation):
     assert all(np.isfinite(x[1:]).all() for x in gradients)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("gating", GATINGS)
+@pytest.mark.parametrize("window", [0, 4])
+def test_gates_that_round_to_zero_leave_all_finite(window, gating, implementation):
+    """Near-equal scores with a large offset, and one key whose logit outweighs all others."""
+    case = Case(1, 2, 32, 64, 1, window)
+    dtype = dtype_of(implementation)
+    query, key = (jnp.ones((1, 64, heads, 32), dtype) for heads in (2, 1))
+    key = (0 * key).at[0, 0].set(20.0)
+    scores = jnp.full((1, 64, 1), 2.0**20)
+    ids = jnp.zeros((1, 64), jnp.int32)
+    settings = {"case": case, "gating": gating, "implementation": implementation}
+    out, *gradients = run(query, key, 1 + 0 * key, scores, query, ids, **settings)
+    assert np.isfinite(out).all()
+    assert all(np.isfinite(x).all() for x in gradients)
+    if gating in ("straight_through", "soft_weights"):
+        # Weights sum to one, and so do values of one.
+        np.testing.assert_allclose(out, 1.0, rtol=1e-2 if dtype == "bfloat16" else 1e-6)
+
+
 def test_memory_is_linear_in_length():
     def temporary_bytes(length):
         query = jax.ShapeDtypeStruct((1, length, 2, 32), jnp.float32)
