@@ -18,6 +18,7 @@ from sparsek_jax.nn import (
     NativeSparseAttention,
     causal,
 )
+from sparsek_jax.nn.alternatives import blocks
 from sparsek_jax.nn.alternatives.blocks import whole_blocks
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from tests.nn.masks import assert_close, masked, with_gradients
@@ -35,6 +36,7 @@ IDS = np.array([np.repeat([1, 2, 1], [9, 1, 43]), np.repeat([0, 1, 1], [31, 2, 2
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 8, "cudnn": 8})
+    monkeypatch.setattr(blocks, "_STRIPE", 8)
 
 
 def make(kind, **changes):
