@@ -25,16 +25,29 @@ def split_over_rows_and_heads(
     Returns:
       A function of the same arguments.
     """
-    mesh = sharding.mesh
-    rows = sharding.spec[0] if sharding.spec else None
-    taken = rows if isinstance(rows, tuple) else (rows,)
-    others = tuple(axis for axis in mesh.axis_names if axis not in taken)
-    heads = others if num_kv_heads % math.prod(mesh.shape[axis] for axis in others) == 0 else None
+    rows, heads = rows_and_heads(sharding, num_kv_heads)
     by_head = P(rows, None, heads)
     by_score = by_head if num_scores == num_kv_heads else P(rows)
     return jax.shard_map(
         attend,
-        mesh=mesh,
+        mesh=sharding.mesh,
         in_specs=(by_head, by_head, by_head, by_score, P(rows)),
         out_specs=by_head,
     )
+
+
+def rows_and_heads(
+    sharding: NamedSharding, num_kv_heads: int
+) -> tuple[tuple[str, ...] | str | None, tuple[str, ...] | None]:
+    """The mesh axes that rows of the batch and heads are split over, as entries of a spec.
+
+    Args:
+      sharding: Of the residual stream.
+      num_kv_heads: KV heads.
+    """
+    mesh = sharding.mesh
+    rows = sharding.spec[0] if sharding.spec else None
+    taken = rows if isinstance(rows, tuple) else (rows,)
+    others = tuple(axis for axis in mesh.axis_names if axis not in taken)
+    fits = num_kv_heads % math.prod(mesh.shape[axis] for axis in others) == 0
+    return rows, others if fits else None

@@ -54,6 +54,17 @@ for sizes, changes, segment_ids in (
     lowered = split.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
     # Layers whose arrays have the same shapes share their kernels: random and key_norm do.
     assert lowered.count("mosaic_gpu_v2") >= 5 * min(2, len(config.pattern))
+
+kinds = ("moba", "nsa", "bigbird", "lsh")
+config = dataclasses.replace(
+    CONFIG, num_selected=12, sliding_window=6, block_size=3, pattern=kinds
+)
+for sizes in ((2, 2), (1, 4)):
+    mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    split, params = gradients(config, NamedSharding(mesh, P("data")), ids)
+    whole, _ = gradients(config, None, ids)
+    for a, b in zip(*(jax.tree.leaves(f(params, x)) for f in (split, whole)), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 print("equal on", len(jax.devices()), "devices")
 """
 

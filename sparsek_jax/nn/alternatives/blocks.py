@@ -10,12 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.cache import DenseCache, extend_dense_cache, init_dense_cache
 from sparsek_jax.nn.causal import by_platform, over_query_chunks
+from sparsek_jax.nn.sharding import rows_and_heads
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
@@ -125,30 +128,45 @@ def attend_to_seen(
     key: Float32[Array, "B S K H"],
     value: Float32[Array, "B S K H"],
     seen: Bool[Array, "B #K #G C S"],
+    sharding: NamedSharding | None,
 ) -> Float[Array, "B C N H"]:
     """Softmax attention over the keys that are seen, at least one by every query.
 
     Keys and values are rounded to the dtype of the queries here, so that their gradient, which is a
     sum over chunks of queries, is summed in float32.
+
+    Args:
+      query: A chunk of queries.
+      key: Keys.
+      value: Values.
+      seen: Which of them every query sees.
+      sharding: Of the residual stream; None: of one device.
     """
     batch, size, num_heads, _ = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
     groups = num_heads // num_kv_heads
     seen = jnp.broadcast_to(seen, (batch, num_kv_heads, groups, size, num_keys))
 
-    def attend(backend, query, key, value, seen):
+    def masked(backend, query, key, value, seen):
         return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=backend)
 
     # JAX has no gradient of cuDNN's attention for an odd length (0.11.2).
     cuda = "xla" if size % 2 or num_keys % 2 else "cudnn"
-    return by_platform(
-        functools.partial(attend, cuda),
-        functools.partial(attend, "xla"),
-        query,
-        key.astype(query.dtype),
-        value.astype(query.dtype),
-        seen.reshape(batch, num_heads, size, num_keys),
+    attend = functools.partial(
+        by_platform, functools.partial(masked, cuda), functools.partial(masked, "xla")
     )
+    if sharding is not None and sharding.num_devices > 1:
+        # XLA may split heads and leave the mask whole, which cuDNN refuses (JAX 0.11.2).
+        rows, heads = rows_and_heads(sharding, num_kv_heads)
+        by_head = P(rows, None, heads)
+        attend = jax.shard_map(
+            attend,
+            mesh=sharding.mesh,
+            in_specs=(by_head, by_head, by_head, P(rows, heads)),
+            out_specs=by_head,
+        )
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    return attend(query, key, value, seen.reshape(batch, num_heads, size, num_keys))
 
 
 def by_kv_head(query: Float[Array, "B C N H"], num_kv_heads: int) -> Float32[Array, "B C K G H"]:
@@ -169,6 +187,7 @@ class RememberingAttention(Attention):
         value: Float[Array, "B S K H"],
         row: Int32[Array, "B C"],
         start: Int32[Array, "B S"],
+        sharding: NamedSharding | None,
         layer: int | Int[Array, ""],
     ) -> Float[Array, "B C N H"]:
         """Returns attention output `[B, C, N, H]`.
@@ -180,13 +199,13 @@ class RememberingAttention(Attention):
           value: Values.
           row: Row of every query's own key.
           start: Row of the first key of every row's document.
+          sharding: Of the residual stream; None: of one device.
           layer: Index in the decoder.
         """
         raise NotImplementedError
 
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""
-        del sharding
         length = x.shape[1]
         start, _ = document_bounds(segment_ids, *x.shape[:2])
         row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), start.shape)
@@ -199,7 +218,9 @@ class RememberingAttention(Attention):
             end = first + stripe
             queries = [array[:, first:end] for array in (x, query)]
             keys = [array[:, :end] for array in (key, value)]
-            outs.append(self.attend(*queries, *keys, row[:, first:end], start[:, :end], layer))
+            outs.append(
+                self.attend(*queries, *keys, row[:, first:end], start[:, :end], sharding, layer)
+            )
         return jnp.concatenate(outs, axis=1), None
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
@@ -208,7 +229,7 @@ class RememberingAttention(Attention):
 
         def attend(query, key, value, *, positions, key_positions):
             start = jnp.zeros((len(query), len(key_positions)), jnp.int32)
-            return self.attend(x, query, key, value, positions, start, layer)
+            return self.attend(x, query, key, value, positions, start, None, layer)
 
         return extend_dense_cache(cache, query, key, value, num_tokens, attend)
 
@@ -240,7 +261,7 @@ class BlockAttention(RememberingAttention):
         """
         raise NotImplementedError
 
-    def attend(self, x, query, key, value, row, start, layer):
+    def attend(self, x, query, key, value, row, start, sharding, layer):
         """Returns attention output `[B, C, N, H]`."""
         del x
         blocks = whole_blocks(start, self.config.block_size)
@@ -250,7 +271,7 @@ class BlockAttention(RememberingAttention):
         def attend(query, row):
             queries = find_queries(row, start, blocks.size)
             seen = self.seen_keys(query, queries, blocks, means, layer)
-            return attend_to_seen(query, key, value, seen)
+            return attend_to_seen(query, key, value, seen, sharding)
 
         return over_query_chunks(attend, query, row)
 

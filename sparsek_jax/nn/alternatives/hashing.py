@@ -72,7 +72,7 @@ class LshAttention(RememberingAttention):
     of its own, and their number is fixed.
     """
 
-    def attend(self, x, query, key, value, row, start, layer):
+    def attend(self, x, query, key, value, row, start, sharding, layer):
         """Returns attention output `[B, C, N, H]`."""
         del x
         config = self.config
@@ -96,6 +96,6 @@ class LshAttention(RememberingAttention):
             found = (key_bucket[:, :, :, None] == bucket) & (number[:, :, :, None] >= oldest)
             row, first, local = (x[:, None, None, :, None] for x in (row, first, local))
             seen = (rows >= first) & (rows <= row) & ((rows >= local) | jnp.any(found, axis=-1))
-            return attend_to_seen(query, key, value, seen)
+            return attend_to_seen(query, key, value, seen, sharding)
 
         return over_query_chunks(attend, query, bucket, oldest, row, first, local)

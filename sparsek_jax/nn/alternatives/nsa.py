@@ -71,7 +71,7 @@ class NativeSparseAttention(BlockAttention):
             BlockCompression(config.head_dim, config.block_size, rngs=rngs) for _ in range(2)
         )
 
-    def attend(self, x, query, key, value, row, start, layer):
+    def attend(self, x, query, key, value, row, start, sharding, layer):
         """Returns the gated sum of compressed and selected attention, `[B, C, N, H]`."""
         del layer
         blocks = whole_blocks(start, self.config.block_size)
@@ -93,7 +93,7 @@ class NativeSparseAttention(BlockAttention):
             mass = jnp.where(fixed[:, None, None], jnp.inf, mass)
             seen = in_best_blocks(mass, queries.past(blocks), blocks, count)
             seen |= queries.since(queries.own, num_keys)
-            selected = attend_to_seen(query, key, value, seen)
+            selected = attend_to_seen(query, key, value, seen, sharding)
             return compressed.reshape(query.shape).astype(query.dtype), selected
 
         compressed, selected = over_query_chunks(attend, query, row)
