@@ -16,11 +16,14 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sparsek_jax import sparsek_attention
-from sparsek_jax.ops import mosaic_gpu
 from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
 from sparsek_jax.ops.gating import GATINGS
+from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
+from sparsek_jax.ops.mosaic_gpu.operands import Settings
+from sparsek_jax.ops.mosaic_gpu.spans import tile_span
+from sparsek_jax.ops.mosaic_gpu.tile import tile_cotangents, tile_gates
 
-CONFIG = mosaic_gpu._Settings(
+CONFIG = Settings(
     chunk_size=128,
     list_size=100,
     window=20,
@@ -43,12 +46,12 @@ def make_tile(seed=0, rows=12, columns=40, size=5):
     return query, key, value, score, tau, position, until, d_out
 
 
-def tile_gates(config, kind, score, tau, position, until):
+def make_gates(config, kind, score, tau, position, until):
     shape = (len(tau), len(score))
     query_position = np.broadcast_to(30 + np.arange(len(tau))[:, None], shape)
     query = (query_position, np.broadcast_to(tau[:, None], shape))
     key = tuple(np.broadcast_to(x, shape) for x in (position, score, until))
-    return mosaic_gpu._gates(config, kind, query, key, with_interior=True)
+    return tile_gates(config, kind, query, key, with_interior=True)
 
 
 @pytest.mark.parametrize("kind", ["slab", "list", "window"])
@@ -88,8 +91,8 @@ def test_tile_arithmetic_equals_autodiff(kind, gating):
     (out, lse), vjp = jax.vjp(attend, *arrays)
     expected = vjp((d_out, jnp.zeros_like(lse)))
 
-    gates = tile_gates(config, kind, score, tau, position, until)
-    weights, d_logits, d_gate = mosaic_gpu._tile_cotangents(
+    gates = make_gates(config, kind, score, tau, position, until)
+    weights, d_logits, d_gate = tile_cotangents(
         config,
         gates,
         query @ key.T,
@@ -111,10 +114,10 @@ def test_tile_arithmetic_equals_autodiff(kind, gating):
 def test_a_query_s_nan_reaches_only_keys_that_it_attends_to():
     query, key, value, score, tau, position, until, d_out = make_tile()
     tau[3] = np.nan
-    gates = tile_gates(CONFIG, "slab", score, tau, position, until)
+    gates = make_gates(CONFIG, "slab", score, tau, position, until)
     lse, delta = np.ones((len(tau), 1)), np.ones((len(tau), 1))
     lse[3] = delta[3] = np.nan
-    for x in mosaic_gpu._tile_cotangents(CONFIG, gates, query @ key.T, d_out @ value.T, lse, delta):
+    for x in tile_cotangents(CONFIG, gates, query @ key.T, d_out @ value.T, lse, delta):
         assert np.all(np.isfinite(x[~gates.attended]))
     assert np.all(np.isfinite(np.delete(x, 3, axis=0)))
 
@@ -134,7 +137,7 @@ def test_tiles_cover_every_key_once(length, chunk_size, window, list_size, block
     config = CONFIG._replace(
         chunk_size=chunk_size, window=window, list_size=list_size, packed=packed
     )
-    span = mosaic_gpu._span(config, jnp.int32(first), length, columns)
+    span = tile_span(config, jnp.int32(first), length, columns)
     span = type(span)(*(int(x) for x in span))
     chunk = first // chunk_size * chunk_size
     last = min(first + 127, length - 1)
@@ -204,7 +207,7 @@ def test_sums_over_chunks(num_chunks):
         for x, dtype in zip(per_chunk, dtypes, strict=True)
     ]
     with plgpu.force_gpu_interpret_mode():
-        found = mosaic_gpu._sum_over_chunks(of_lists, jnp.asarray(candidates))
+        found = sum_over_chunks(of_lists, jnp.asarray(candidates))
     for x, of_list in zip(found, of_lists, strict=True):
         total = np.array(of_list, np.float64).reshape(*shape, -1)
         for chunk in range(1, num_chunks):
