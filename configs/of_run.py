@@ -12,6 +12,8 @@ import ml_collections
 from sparsek_jax.training.workdir import current_config
 
 
-def get_config(workdir: str) -> ml_collections.ConfigDict:
+def get_config(workdir: str = "") -> ml_collections.ConfigDict:
     """Returns the configuration, with defaults for fields that came later."""
+    if not workdir:
+        raise ValueError("expected a directory behind a colon: configs/of_run.py:DIRECTORY")
     return current_config(workdir)

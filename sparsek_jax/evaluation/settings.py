@@ -11,7 +11,12 @@ from typing import Any
 import ml_collections
 
 from sparsek_jax.data import default_data_config
-from sparsek_jax.training.config import ConfigError, flat_fields, validate_eval_config
+from sparsek_jax.training.config import (
+    ConfigError,
+    flat_fields,
+    validate_eval_config,
+    validate_implementation,
+)
 
 # Attention that the same weights can be run with.
 FREE_ATTENTION = (
@@ -100,10 +105,10 @@ def evaluation_settings(
 ) -> Settings:
     """Combines a run's saved configuration with what is asked for.
 
-    Fields of `eval` come from `config`. Those of `data` and the attention's kind, pattern,
-    num_selected, sliding_window, block_size, gating and implementation, and `train.recurrent`, come
-    from `config` if they are named in `overrides`, else from the run. Any other field must be the
-    same in both.
+    Fields of `eval` come from `config`, and those of `mesh`, which do not matter. Those of `data`
+    and the attention's kind, pattern, num_selected, sliding_window, block_size, gating and
+    implementation, and `train.recurrent`, come from `config` if they are named in `overrides`, else
+    from the run. Any other field must be the same in both.
 
     Args:
       config: The recipe with the command line's overrides.
@@ -129,7 +134,7 @@ def evaluation_settings(
         # A field that came with a later version keeps the recipe's value, its default.
         old = trained.get(field, value)
         section = field.split(".")[0]
-        if section == "eval" or value == old:
+        if section in ("eval", "mesh") or value == old:
             continue
         if section != "data" and field not in _FREE_FIELDS:
             conflicts.append(f"{field}={value!r} (the run: {old!r})")
@@ -159,4 +164,5 @@ def evaluation_settings(
         section = operator.attrgetter(parent)(result) if parent else result
         section[name] = tuple(value) if isinstance(value, list) else value
     validate_eval_config(result.eval)
+    validate_implementation(result)
     return Settings(result, changes)

@@ -78,7 +78,8 @@ def sparsek_attention(
     Raises:
       TypeError: An array has the wrong dtype, or `num_selected` or `sliding_window` is not an int.
       ValueError: A shape or a value does not fit, or no implementation has that name.
-      NotImplementedError: The named implementation does not support the call.
+      NotImplementedError: The named implementation does not support the call. Inside of a jit the
+        device is not known: there it is JAX that says so, when it compiles.
     """
     check_attention_arguments(query, key, value, scores, scale)
     check_gating(gating)
@@ -93,6 +94,9 @@ def sparsek_attention(
         raise ValueError(
             f"implementation={name!r} is unknown; expected {sorted(_IMPLEMENTATIONS)} or None"
         )
+    at_once = not isinstance(query, jax.core.Tracer)
+    if name == "mosaic_gpu" and at_once and (reason := unsupported(query) or no_kernels(query)):
+        raise NotImplementedError(f"implementation={name!r}: {reason}")
     if query.size == 0:
         return query
     length = query.shape[1]
@@ -110,20 +114,24 @@ def sparsek_attention(
     )
 
 
-def _best(query) -> Implementation:
+def no_kernels(query: Float[Array, "B T N H"] | jax.ShapeDtypeStruct) -> str | None:
+    """Why "mosaic_gpu" cannot run on JAX's default device with such a query; None: it can."""
     device = jax.config.jax_default_device or jax.devices()[0]
     platform = device if isinstance(device, str) else device.platform
     capability = getattr(device, "compute_capability", None)
+    if capability != "9.0":
+        return f"no kernels for {platform} {capability or ''}".rstrip()
+    return unsupported(query)
+
+
+def _best(query) -> Implementation:
     manual = jax.sharding.get_abstract_mesh()
     whole = jax.device_count() == 1 or (
         manual.axis_names and set(manual.manual_axes) == set(manual.axis_names)
     )
-    if capability != "9.0":
-        reason = f"no kernels for {platform} {capability or ''}".rstrip()
-    elif not whole:
+    reason = no_kernels(query)
+    if reason is None and not whole:
         reason = "the kernels run on several devices only inside shard_map over all mesh axes"
-    else:
-        reason = unsupported(query)
     if reason is None:
         return "mosaic_gpu"
     _say_once(reason)

@@ -37,7 +37,7 @@ def run(
     try:
         arguments = flags.FLAGS(sys.argv)
     except flags.Error as error:
-        _fail(error, status=2)
+        _fail(_flag_error(error), status=2)
     except Exception as error:  # A recipe is a program: whatever it raises.
         _fail(f"--config cannot be read: {_innermost(error)}", status=2)
     arguments = arguments[1:]
@@ -81,8 +81,17 @@ def _check_field_names(arguments: list[str]) -> None:
             _fail(f"config.{match[1]} is not a field of the configuration{hint}", status=2)
 
 
+def _flag_error(error: flags.Error) -> str:
+    """The message of an error about a flag, without the traceback that a recipe's may hold."""
+    lines = str(error).splitlines()
+    return f"--config cannot be read: {lines[-1]}" if len(lines) > 1 else lines[0]
+
+
 def _innermost(error: BaseException) -> str:
     """The message of an error that others were made from, with the error's name."""
+    if isinstance(error, OSError) and error.__cause__ is not None:
+        # What an override says of a recipe that failed to load.
+        error = error.__cause__
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
     # KeyError prints its argument quoted.

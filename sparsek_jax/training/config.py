@@ -7,11 +7,13 @@ import json
 import math
 from typing import Any
 
+import jax
 import ml_collections
 
 from sparsek_jax import nn
 from sparsek_jax.data import default_data_config, validate_data_config
 from sparsek_jax.nn.alternatives import LAYERS
+from sparsek_jax.ops.attention import no_kernels
 
 
 class ConfigError(ValueError):
@@ -244,6 +246,7 @@ def validate_config(
     _at_least(config, "model.vocab_size", 0)
     # The tokenizer may still have to be trained: a stand-in checks every other field now.
     decoder_config(config, config.model.vocab_size or 1)
+    validate_implementation(config)
 
     _positive(config, "optimizer.learning_rate")
     _at_least(config, "optimizer.warmup_steps", 0)
@@ -303,6 +306,22 @@ def validate_config(
         raise ConfigError(
             f"model.d_model={config.model.d_model}; expected a multiple of "
             f"mesh.fsdp={shape['fsdp']}"
+        )
+
+
+def validate_implementation(config: ml_collections.ConfigDict) -> None:
+    """Checks that kernels that are asked for by name can run on this machine.
+
+    Raises:
+      ConfigError: They cannot; the message names the fields.
+    """
+    if config.attention.implementation != "mosaic_gpu":
+        return
+    shape = (1, 1, config.attention.num_heads, config.attention.head_dim)
+    if reason := no_kernels(jax.ShapeDtypeStruct(shape, config.model.dtype)):
+        raise ConfigError(
+            f"attention.implementation='mosaic_gpu' with model.dtype={config.model.dtype!r}: "
+            f"{reason}; expected '' for the best that this machine and the dtype allow"
         )
 
 

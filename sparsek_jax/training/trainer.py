@@ -40,6 +40,7 @@ from sparsek_jax.training.workdir import (
     check_same_corpus,
     check_same_run,
     check_same_tokenizer,
+    check_start,
     save_run,
 )
 
@@ -83,12 +84,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
     workdir = Path(workdir)
     validate_config(config, jax.device_count(), jax.process_count())
     check_same_run(config, workdir)
+    is_new = not (workdir / "config.json").exists()
+    if config.init_from and is_new:
+        check_start(config.init_from)
     try:
         corpus = prepare(config.data)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     check_same_corpus(corpus, workdir)
-    if config.init_from and not (workdir / "config.json").exists():
+    if config.init_from and is_new:
         check_same_tokenizer(config, corpus, config.init_from)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
     definition = define(lambda: nn.Decoder(model_config, rngs=nnx.Rngs(config.seed)))

@@ -204,6 +204,19 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: Path) -> None:
         )
 
 
+def check_start(initial: str | os.PathLike) -> None:
+    """Checks that a directory holds a run or an import, to start another run from.
+
+    Raises:
+      ConfigError: It holds neither.
+    """
+    if not (Path(initial) / "config.json").exists():
+        raise ConfigError(
+            f"init_from={str(initial)!r} holds neither a run nor an import (no config.json); "
+            "expected the directory of one"
+        )
+
+
 def check_same_tokenizer(
     config: ml_collections.ConfigDict, corpus: Corpus, initial: str | os.PathLike
 ) -> None:
@@ -215,7 +228,6 @@ def check_same_tokenizer(
       initial: Directory of the run or import that it starts from.
 
     Raises:
-      FileNotFoundError: That directory holds neither.
       ConfigError: The tokenizers differ.
     """
     saved = load_config(initial)

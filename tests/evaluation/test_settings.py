@@ -56,6 +56,17 @@ def test_eval_fields_are_those_asked_for():
     assert result.changes == {}
 
 
+def test_the_mesh_of_the_run_does_not_matter():
+    result = settings({"mesh.tensor": 2}, {"mesh.fsdp": 4}, overrides=())
+    assert (result.changes, result.notes()) == ({}, [])
+
+
+def test_kernels_that_this_machine_has_not_are_refused():
+    message = "attention.implementation='mosaic_gpu' with model.dtype='float32': "
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        settings({}, {"attention.implementation": "mosaic_gpu"}, overrides=())
+
+
 def test_runs_from_before_rows_could_go_on_did_not():
     saved = default_config().to_dict()
     del saved["train"]["recurrent"]

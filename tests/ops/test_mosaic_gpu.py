@@ -310,3 +310,10 @@ def test_impossible_blocks_are_refused(columns, stages, message):
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
 def test_every_head_size_has_configs(head_dim):
     assert tuned(head_dim) is TUNED[64 if head_dim <= 64 else 128]
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there may be kernels")
+def test_says_which_device_it_has_no_kernels_for():
+    x = jnp.ones((1, 4, 1, 64), "bfloat16")
+    with pytest.raises(NotImplementedError, match="implementation='mosaic_gpu': no kernels for"):
+        sparsek_attention(x, x, x, jnp.ones((1, 4, 1)), num_selected=1, implementation="mosaic_gpu")

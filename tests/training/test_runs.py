@@ -170,6 +170,11 @@ def test_meshes_agree_and_checkpoints_move_between_them(corpus, tmp_path):
         ("attention.num_selected=0", "attention.num_selected=0; expected an int of"),
         ("mesh.data=3", "mesh.data=3"),
         ("data.glob=/nowhere/*.txt", "/nowhere"),
+        ("init_from=/nowhere", "init_from='/nowhere' holds neither a run nor an import"),
+        (
+            "attention.implementation=mosaic_gpu",
+            "attention.implementation='mosaic_gpu' with model.dtype='float32': no kernels for cpu",
+        ),
     ],
 )
 def test_mistakes_fail_before_anything_is_written(override, message, corpus, tmp_path):
@@ -185,6 +190,8 @@ def test_mistakes_fail_before_anything_is_written(override, message, corpus, tmp
     [
         ("--wokdir=x", "Unknown command line flag 'wokdir'"),
         ("--config=configs/tiny_tst.py", "configs/tiny_tst.py"),
+        ("--config=configs/of_run.py", "--config cannot be read: ValueError: expected a directory"),
+        ("--config=configs/of_run.py:/nowhere", "workdir='/nowhere' holds no run"),
         ("--config.train.steps=abc", "config.train.steps"),
         ("--workdir=", "workdir"),
         ("texts/b.txt", "unexpected argument 'texts/b.txt'"),
