@@ -41,6 +41,12 @@ def main() -> None:
                 f"--distributed: {error} Expected a cluster that JAX knows, or --coordinator, "
                 "--num_processes and --process_id"
             ) from error
+    else:
+        for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+            if flag.value is not None:
+                raise ConfigError(
+                    f"--{flag.name}={flag.value!r} without --distributed; expected both, or neither"
+                )
     config = _CONFIG.value
     result = train(config, _WORKDIR.value)
     if result.finished and config.sample.length:

@@ -43,7 +43,12 @@ class Checkpoints:
         self._workdir = Path(workdir).absolute()
         self._manifests = self._workdir / "manifests"
         self._is_writer = jax.process_index() == 0
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        # Created in the background, a directory that cannot be would be waited for: for minutes, by
+        # the main thread, which hears no signal meanwhile.
+        in_order = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, async_options=in_order
+        )
         self._manager = ocp.CheckpointManager(self._workdir / "checkpoints", options=options)
         self._unsealed: list[int] = []
 
@@ -71,9 +76,15 @@ class Checkpoints:
 
         Returns:
           Whether there were any.
+
+        Raises:
+          CheckpointError: One could not be written in the background.
         """
         ready = bool(self._unsealed) and not self._manager.is_saving_in_progress()
         if ready:
+            # Does not wait any more, but raises what went wrong; the manager still lists that step.
+            with self._write_errors():
+                self._manager.wait_until_finished()
             if self._is_writer:
                 self._manifests.mkdir(exist_ok=True)
                 kept = set(self._manager.all_steps())

@@ -30,6 +30,7 @@ from sparsek_jax.training.checkpoint import Checkpoints
 from sparsek_jax.training.config import ConfigError, decoder_config, mesh_shape, validate_config
 from sparsek_jax.training.flops import peak_flops, train_flops
 from sparsek_jax.training.initial import initial_params
+from sparsek_jax.training.lock import lock
 from sparsek_jax.training.loss import LOSS_FIELDS, hidden_states, token_loss
 from sparsek_jax.training.metrics import MetricsWriter, StepTimer, progress_line, show
 from sparsek_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -77,7 +78,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
       The model and how it ended. On SIGTERM or SIGINT it checkpoints and returns early.
 
     Raises:
-      ConfigError: A field is impossible, or contradicts the run that `workdir` holds.
+      ConfigError: A field is impossible, or contradicts the run that `workdir` holds, or another
+        process trains there.
       CheckpointError: `workdir` has checkpoints, but none is intact.
       TrainingDivergedError: `train.max_bad_steps` steps in a row were not finite.
     """
@@ -91,7 +93,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         corpus = prepare(config.data)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    check_same_corpus(corpus, workdir)
     if config.init_from and is_new:
         check_same_tokenizer(config, corpus, config.init_from)
     model_config = decoder_config(config, corpus.tokenizer.vocab_size)
@@ -103,6 +104,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         raise ConfigError(
             f"workdir={str(workdir)!r}: {error.strerror}; expected a directory to write to"
         ) from error
+    lock(workdir)
+    # Another trainer may have begun the run, and ended, since it was looked at.
+    check_same_run(config, workdir)
+    check_same_corpus(corpus, workdir)
     log_run(config, corpus, definition)
 
     mesh = sharding.make_mesh(mesh_shape(config, jax.device_count()))

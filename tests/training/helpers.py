@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,30 @@ def run(workdir, corpus, *overrides, devices=1):
         text=True,
         check=False,
     )
+
+
+def start_two(workdir, corpus, *overrides):
+    """Starts the two processes of a distributed run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [
+                *command(workdir, corpus, *overrides),
+                "--distributed",
+                f"--coordinator=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={i}",
+            ],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
 
 
 def losses(workdir):

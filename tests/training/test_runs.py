@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 import signal
-import socket
 import subprocess
 
 import numpy as np
@@ -16,7 +15,15 @@ from sparsek_jax.training.checkpoint import restore_model, save_params
 from sparsek_jax.training.config import ConfigError, decoder_config
 from sparsek_jax.training.parameters import split
 from sparsek_jax.training.workdir import check_same_run, load_config
-from tests.training.helpers import ROOT, command, environment, losses, run, write_corpus
+from tests.training.helpers import (
+    ROOT,
+    command,
+    environment,
+    losses,
+    run,
+    start_two,
+    write_corpus,
+)
 
 VOCAB = 258
 
@@ -195,6 +202,9 @@ def test_mistakes_fail_before_anything_is_written(override, message, corpus, tmp
         ("--config.train.steps=abc", "config.train.steps"),
         ("--workdir=", "workdir"),
         ("texts/b.txt", "unexpected argument 'texts/b.txt'"),
+        ("--process_id=1", "--process_id=1 without --distributed"),
+        ("--num_processes=2", "--num_processes=2 without --distributed"),
+        ("--coordinator=a:1", "--coordinator='a:1' without --distributed"),
     ],
 )
 def test_mistyped_commands_are_one_line(argument, message, corpus, tmp_path):
@@ -252,26 +262,7 @@ def test_two_processes_train_stop_together_and_resume(corpus, tmp_path):
     arguments = ("train.steps=8", "optimizer.warmup_steps=1", "train.log_every=2")
 
     def start(*more, steps_to_signal=None, workdir=tmp_path / "run"):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        processes = [
-            subprocess.Popen(
-                [
-                    *command(workdir, corpus, *arguments, *more),
-                    "--distributed",
-                    f"--coordinator=localhost:{port}",
-                    "--num_processes=2",
-                    f"--process_id={i}",
-                ],
-                cwd=ROOT,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for i in range(2)
-        ]
+        processes = start_two(workdir, corpus, *arguments, *more)
         output = ""
         for line in processes[0].stdout:
             output += line
