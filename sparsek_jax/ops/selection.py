@@ -79,7 +79,9 @@ def causal_selection(
       scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed
         point with a resolution of 2^-30 for T <= 65,536, coarser by four for every doubling beyond
         that. `tau` is rounded to float32, so gates are off by up to 6e-8 times its magnitude:
-        scores should not share a large offset.
+        scores should not share a large offset. At the ends of float32 this does not hold: subnormal
+        scores (about 1e-40) can be ordered as ties, and of scores so large that `u - 1 == u` (from
+        about 2^24 on) a selected key can get a gate of 0 instead of up to 1.
       num_selected: k, how many keys a query keeps.
       sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the
         pool ends at the query.
