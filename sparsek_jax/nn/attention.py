@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.cache import LayerCache, ScoredCache
+from sparsek_jax.nn.checks import check_integers
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.memory import LayerMemory
 from sparsek_jax.nn.norms import TimestepState, make_norm
@@ -18,6 +19,7 @@ from sparsek_jax.nn.scorer import ScoringNetwork
 from sparsek_jax.nn.sharding import split_over_rows_and_heads
 from sparsek_jax.ops import SparseKCache, extend_cache, init_cache, sparsek_attention
 from sparsek_jax.ops.cache import default_support_size
+from sparsek_jax.ops.checks import check_array, check_int
 from sparsek_jax.ops.gating import Gating
 from sparsek_jax.ops.memory import attend_after, goes_on, init_memory
 
@@ -74,7 +76,12 @@ class Attention(nnx.Module):
           norm_eps: Epsilon of the QK norm.
           dtype: Of the activations; parameters are float32.
           rngs: Source of the initial weights.
+
+        Raises:
+          TypeError: `d_model` is not an int.
+          ValueError: It is out of range.
         """
+        check_int("d_model", d_model, 1)
         self.config = config
         self.dtype = dtype
         query_dim = config.num_heads * config.head_dim
@@ -128,11 +135,19 @@ class Attention(nnx.Module):
         Returns:
           The output `[B, T, d_model]`; with `return_scores` also the keys' scores, float32
           `[B, T, K or 1]`, None for a kind without.
+
+        Raises:
+          TypeError: x is no floating-point array.
+          ValueError: An argument has the wrong shape, or another one the wrong dtype.
         """
+        self._check(x, positions, segment_ids)
         if positions is None:
             positions = document_positions(segment_ids, *x.shape[:2])
         query, key, value = self._project(x, positions)
-        mixed, scores = self.mix(x, query, key, value, segment_ids, sharding, layer)
+        if x.size == 0:
+            mixed, scores = self.mix_nothing(query)
+        else:
+            mixed, scores = self.mix(x, query, key, value, segment_ids, sharding, layer)
         out = self._merge(mixed)
         return (out, scores) if return_scores else out
 
@@ -160,11 +175,19 @@ class Attention(nnx.Module):
         Returns:
           The memory of the last document of every row, the output, and the scores of the row's keys
           or None.
+
+        Raises:
+          TypeError: As for a call.
+          ValueError: As for a call.
         """
+        self._check(x, positions, segment_ids)
         heads = self._project(x, positions)
-        memory, mixed, scores = self.mix_after(
-            memory, x, *heads, positions, segment_ids, sharding, layer
-        )
+        if x.size == 0:
+            mixed, scores = self.mix_nothing(heads[0])
+        else:
+            memory, mixed, scores = self.mix_after(
+                memory, x, *heads, positions, segment_ids, sharding, layer
+            )
         return memory, self._merge(mixed), scores
 
     def extend(
@@ -185,11 +208,29 @@ class Attention(nnx.Module):
 
         Returns:
           The new cache and the output, meaningless for tokens that were not appended.
+
+        Raises:
+          TypeError: As for a call.
+          ValueError: As for a call.
         """
+        self._check(x)
         positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
         heads = self._project(x, positions)
-        cache, mixed = self.mix_next(x, *heads, cache, positions, num_tokens, layer)
+        if x.size == 0:
+            mixed, _ = self.mix_nothing(heads[0])
+        else:
+            cache, mixed = self.mix_next(x, *heads, cache, positions, num_tokens, layer)
         return cache, self._merge(mixed)
+
+    def _check(self, x, positions=None, segment_ids=None):
+        """Raises the errors of a call."""
+        check_array("x", x, jnp.floating)
+        d_model = self.query.in_features
+        if x.ndim != 3 or x.shape[2] != d_model:
+            raise ValueError(f"x has shape {x.shape}; expected [B, T, d_model={d_model}]")
+        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
+            if array is not None:
+                check_integers(name, array, x.shape[:2])
 
     def _project(self, x, positions):
         """Query, key and value heads, queries and keys rotated."""
@@ -204,10 +245,16 @@ class Attention(nnx.Module):
         return query, key, value
 
     def _heads(self, x):
-        return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        return x.reshape(*x.shape[:2], x.shape[2] // self.config.head_dim, self.config.head_dim)
 
     def _merge(self, mixed):
-        return self.out(mixed.reshape(*mixed.shape[:2], -1))
+        return self.out(mixed.reshape(*mixed.shape[:2], self.out.in_features))
+
+    def mix_nothing(
+        self, query: Float[Array, "B T N H"]
+    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T K"] | None]:
+        """Returns what `mix` does of no tokens, which kinds cannot cut into chunks or blocks."""
+        return query, None
 
     def mix(
         self,
@@ -446,6 +493,11 @@ class SparseKAttention(SelectiveAttention):
             num_sinks=config.num_sinks,
             rngs=rngs,
         )
+
+    def mix_nothing(self, query):
+        """Returns attention output and scores of no tokens."""
+        num_scores = 1 if self.shared_scores else self.config.num_kv_heads
+        return query, jnp.zeros((*query.shape[:2], num_scores), jnp.float32)
 
     def score(self, x, key, segment_ids, layer):
         """Returns scores `[B, T, K or 1]` of whole rows."""

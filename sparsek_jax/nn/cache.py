@@ -17,6 +17,7 @@ from sparsek_jax.nn.causal import positioned_attention, window_attention
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import TimestepState
 from sparsek_jax.ops import SparseKCache, reset_cache
+from sparsek_jax.ops.checks import check_int
 from sparsek_jax.ops.ring import ages, rows_in_order
 
 
@@ -197,10 +198,7 @@ def init_dense_cache(
         raise ValueError(
             "max_length=None; expected an int, as there are layers that remember all tokens"
         )
-    if not isinstance(max_length, int) or isinstance(max_length, bool):
-        raise TypeError(f"max_length must be an int, got {max_length!r}")
-    if max_length < 1:
-        raise ValueError(f"max_length={max_length} must be at least 1")
+    check_int("max_length", max_length, 1)
     return DenseCache(*_empty(batch_size, max_length, config, dtype))
 
 

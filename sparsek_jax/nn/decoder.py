@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from sparsek_jax.nn.alternatives import LAYERS
 from sparsek_jax.nn.cache import DecoderCache, LayerCache, check_room
+from sparsek_jax.nn.checks import check_integers
 from sparsek_jax.nn.config import DecoderConfig
 from sparsek_jax.nn.memory import DecoderMemory, LayerMemory
 from sparsek_jax.nn.norms import make_norm
@@ -187,9 +187,9 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: An argument has the wrong shape or dtype.
         """
-        _check_integers("tokens", tokens, None)
+        check_integers("tokens", tokens, None)
         if segment_ids is not None:
-            _check_integers("segment_ids", segment_ids, tokens.shape)
+            check_integers("segment_ids", segment_ids, tokens.shape)
         if positions is None:
             positions = document_positions(segment_ids, *tokens.shape)
         memory = (None,) * self.config.num_layers
@@ -241,13 +241,13 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: An argument has the wrong shape or dtype.
         """
-        _check_integers("tokens", tokens, None)
-        _check_integers("segment_ids", segment_ids, tokens.shape)
+        check_integers("tokens", tokens, None)
+        check_integers("segment_ids", segment_ids, tokens.shape)
         return self._through_layers(memory, tokens, positions, segment_ids, sharding)
 
     def _through_layers(self, memory, tokens, positions, segment_ids, sharding):
         """The next memory (a tuple of None where there is none), hidden states, and scores."""
-        _check_integers("positions", positions, tokens.shape)
+        check_integers("positions", positions, tokens.shape)
         x = self._embed(tokens)
         if sharding is not None:
             x = jax.lax.with_sharding_constraint(x, sharding)
@@ -356,7 +356,7 @@ class Decoder(nnx.Module):
           TypeError: `num_tokens` does not hold integers.
           ValueError: An argument has the wrong shape, dtype or value, or the cache has no room.
         """
-        _check_integers("tokens", tokens, None)
+        check_integers("tokens", tokens, None)
         batch, size = tokens.shape
         if size == 0:
             raise ValueError(f"tokens has shape {tokens.shape}; expected C of at least 1")
@@ -457,10 +457,3 @@ def _rematerialised(function, config: DecoderConfig):
     policy = {"full": None, "dots": policies.dots_with_no_batch_dims_saveable}[config.remat]
     # In a scan, forward and backward are separate loops that XLA cannot merge in any case.
     return jax.checkpoint(function, policy=policy, prevent_cse=not config.scan_layers)
-
-
-def _check_integers(name: str, array: Any, shape: tuple[int, ...] | None) -> None:
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"{name} has dtype {array.dtype}; expected integers")
-    if array.ndim != 2 or shape not in (None, array.shape):
-        raise ValueError(f"{name} has shape {array.shape}; expected {shape or '[B, T]'}")

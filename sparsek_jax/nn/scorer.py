@@ -26,7 +26,8 @@ def keep_sinks(
       num_sinks: How many tokens; they must not be more than are selected.
     """
     # No higher than need be: thresholds are found within the range of the scores.
-    return _raise_sinks(scores, positions, num_sinks, 2.0 + scores.max(axis=1, keepdims=True))
+    highest = 2.0 + scores.max(axis=1, keepdims=True, initial=-jnp.inf)
+    return _raise_sinks(scores, positions, num_sinks, highest)
 
 
 def keep_sinks_next(

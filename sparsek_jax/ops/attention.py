@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from sparsek_jax.ops.checks import check_array, is_finite_number
 from sparsek_jax.ops.gating import Gating, check_gating
 from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu, unsupported
 from sparsek_jax.ops.reference import sparsek_attention_reference
@@ -76,7 +77,8 @@ def sparsek_attention(
       infinite score, NaN.
 
     Raises:
-      TypeError: An array has the wrong dtype, or `num_selected` or `sliding_window` is not an int.
+      TypeError: An array has the wrong dtype, or is no array, or `num_selected` or
+        `sliding_window` is not an int.
       ValueError: A shape or a value does not fit, or no implementation has that name.
       NotImplementedError: The named implementation does not support the call. Inside of a jit the
         device is not known: there it is JAX that says so, when it compiles.
@@ -84,16 +86,8 @@ def sparsek_attention(
     check_attention_arguments(query, key, value, scores, scale)
     check_gating(gating)
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
+    check_implementation(implementation)
     name = _best(query) if implementation is None else implementation
-    if name == "mosaic_tpu":
-        raise NotImplementedError(
-            f"implementation={name!r} has no kernel in this version; expected one of "
-            f"{sorted(_IMPLEMENTATIONS)} or None"
-        )
-    if name not in _IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={name!r} is unknown; expected {sorted(_IMPLEMENTATIONS)} or None"
-        )
     at_once = not isinstance(query, jax.core.Tracer)
     if name == "mosaic_gpu" and at_once and (reason := unsupported(query) or no_kernels(query)):
         raise NotImplementedError(f"implementation={name!r}: {reason}")
@@ -156,15 +150,24 @@ def _attention(query, key, value, scores, segment_ids, *, implementation, **sett
     return attend(query, key, value, scores, segment_ids=segment_ids, **settings)
 
 
+def check_implementation(implementation: Any) -> None:
+    """Raises unless there is an implementation of that name, or it is None."""
+    names = sorted(_IMPLEMENTATIONS)
+    if implementation == "mosaic_tpu":
+        raise NotImplementedError(
+            f"implementation={implementation!r} has no kernel in this version; expected one of "
+            f"{names} or None"
+        )
+    if implementation is not None and implementation not in names:
+        raise ValueError(f"implementation={implementation!r} is unknown; expected {names} or None")
+
+
 def check_attention_arguments(query: Any, key: Any, value: Any, scores: Any, scale: Any) -> None:
     """Raises the errors of `sparsek_attention` about its arrays and their scale."""
     for name, array in (("query", query), ("key", key), ("value", value)):
-        if jnp.ndim(array) != 4:
-            raise ValueError(
-                f"{name} must have shape [B, T, heads, H], got shape {jnp.shape(array)}"
-            )
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must be a floating-point array, got dtype {array.dtype}")
+        check_array(name, array, jnp.floating)
+        if array.ndim != 4:
+            raise ValueError(f"{name} must have shape [B, T, heads, H], got shape {array.shape}")
         if array.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {array.dtype}, expected query's {query.dtype}")
     batch, length, num_heads, head_dim = query.shape
@@ -180,10 +183,11 @@ def check_attention_arguments(query: Any, key: Any, value: Any, scores: Any, sca
         raise ValueError(
             f"query has {num_heads} heads, expected a multiple of the {num_kv_heads} heads of key"
         )
-    if jnp.shape(scores) not in ((batch, length, num_kv_heads), (batch, length, 1)):
+    check_array("scores", scores, jnp.floating)
+    if scores.shape not in ((batch, length, num_kv_heads), (batch, length, 1)):
         raise ValueError(
-            f"scores has shape {jnp.shape(scores)}, expected {(batch, length, num_kv_heads)} or "
+            f"scores has shape {scores.shape}, expected {(batch, length, num_kv_heads)} or "
             f"{(batch, length, 1)}"
         )
-    if scale is not None and not (jnp.ndim(scale) == 0 and math.isfinite(scale)):
-        raise ValueError(f"scale={scale!r} must be a finite float or None")
+    if scale is not None and not is_finite_number(scale):
+        raise ValueError(f"scale={scale!r} must be a finite float or None, known while tracing")

@@ -21,8 +21,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from sparsek_jax.ops.attention import (
     Implementation,
     check_attention_arguments,
+    check_implementation,
     sparsek_attention,
 )
+from sparsek_jax.ops.checks import check_array, check_int
 from sparsek_jax.ops.gating import (
     Gating,
     check_gating,
@@ -160,7 +162,11 @@ def init_cache(
       ValueError: An argument is out of range.
     """
     check_gating(gating)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
     for name, value, least in (
         ("batch_size", batch_size, 0),
@@ -170,10 +176,7 @@ def init_cache(
         ("sliding_window", sliding_window, 0),
         ("support_size", 1 if support_size is None else support_size, 1),
     ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        check_int(name, value, least)
     if not is_soft(gating) and support_size is not None:
         raise ValueError(
             f"support_size={support_size} is of no use with gating={gating!r}; expected None"
@@ -268,7 +271,7 @@ def extend_cache(
       scale: Factor on the logits; 1 / sqrt(H) by default.
       num_tokens: How many of the C tokens each member of the batch appends, the first ones; 0 to C,
         all by default.
-      implementation: Of `sparsek_attention`, for C > 1.
+      implementation: Of `sparsek_attention`, for C > 1; without effect for C = 1.
       return_dropped: Also return the keys that are dropped.
 
     Returns:
@@ -277,11 +280,12 @@ def extend_cache(
       pool. With `return_dropped` also the `Dropped`.
 
     Raises:
-      TypeError: An array has the wrong dtype.
-      ValueError: A shape or a value does not fit.
+      TypeError: An array has the wrong dtype, or is no array.
+      ValueError: A shape or a value does not fit, or no implementation has that name.
       NotImplementedError: The named implementation does not support the call.
     """
     check_attention_arguments(query, key, value, scores, scale)
+    check_implementation(implementation)
     _check_fits(cache, key, scores)
     size = query.shape[1]
     num_tokens = checked_num_tokens(num_tokens, *query.shape[:2])
@@ -300,8 +304,7 @@ def checked_num_tokens(num_tokens: Any, batch: int, size: int) -> Int32[Array, "
     """Returns `batch` counts, for None `size` each; raises if any is known not to fit."""
     if num_tokens is None:
         return jnp.full((batch,), size, jnp.int32)
-    if not jnp.issubdtype(num_tokens.dtype, jnp.integer):
-        raise TypeError(f"num_tokens must be an integer array, got dtype {num_tokens.dtype}")
+    check_array("num_tokens", num_tokens, jnp.integer)
     if num_tokens.shape != (batch,):
         raise ValueError(f"num_tokens has shape {num_tokens.shape}, expected [B] = {(batch,)}")
     if not isinstance(num_tokens, jax.core.Tracer):
@@ -402,7 +405,7 @@ def _extend_by_one(cache, query, key, value, scores, num_tokens, *, scale, retur
 
 def _attend(query, cache, gate, scale):
     batch, num_kv_heads, _, head_dim = cache.key.shape
-    grouped = query.reshape(batch, num_kv_heads, -1, head_dim)
+    grouped = query.reshape(batch, num_kv_heads, query.shape[1] // num_kv_heads, head_dim)
     logits = scale * einsum_f32("bkgh,bkrh->bkgr", grouped, cache.key)
     gate = gate[:, :, None]
     exists = (cache.position >= 0)[:, :, None]

@@ -1,6 +1,5 @@
 """The SparseK operator: Euclidean projection onto the capped simplex {0 <= p <= 1, sum p = k}."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, ScalarLike
 
+from sparsek_jax.ops.checks import check_int, is_finite_number
 from sparsek_jax.ops.tracing import varying_like
 
 # Halving [-1, 0] this often passes the spacing of the dtype's numbers just below one.
@@ -40,7 +40,7 @@ def sparsek(
       throughout.
 
     Raises:
-      TypeError: `z` or `where` has the wrong dtype.
+      TypeError: `z` or `where` has the wrong dtype, or `axis` is not an int.
       ValueError: `k` is not a positive scalar, or `axis` or `where` does not fit `z`.
     """
     z = jnp.asarray(z)
@@ -48,6 +48,7 @@ def sparsek(
         raise TypeError(f"z must be a floating-point array, got dtype {z.dtype}")
     if z.ndim == 0:
         raise ValueError("z must have at least one axis, got a scalar")
+    check_int("axis", axis)
     if not -z.ndim <= axis < z.ndim:
         raise ValueError(f"axis={axis} is out of range for z of shape {z.shape}")
     _check_k(k)
@@ -64,7 +65,7 @@ def sparsek(
         ) from None
     if z.shape[axis] == 0:
         return z
-    if isinstance(k, int):
+    if isinstance(k, int | np.integer):
         # All ones in any case; a larger int may not fit an array's dtype.
         k = min(k, z.shape[axis])
 
@@ -82,10 +83,14 @@ def sparsek(
 
 def _check_k(k: Any) -> None:
     """Raises unless `k` is a positive scalar, as far as its value is known while tracing."""
-    if jnp.ndim(k) != 0:
-        raise ValueError(f"k must be a scalar, got shape {jnp.shape(k)}")
-    if not isinstance(k, jax.core.Tracer) and not (math.isfinite(k) and k > 0):
-        raise ValueError(f"k={k} must be positive and finite")
+    if np.shape(k):
+        raise ValueError(f"k must be a scalar, got shape {np.shape(k)}")
+    if isinstance(k, jax.core.Tracer):
+        return
+    # No float may hold a large int.
+    is_int = isinstance(k, int) and not isinstance(k, bool)
+    if not ((is_int or is_finite_number(k)) and k > 0):
+        raise ValueError(f"k={k!r} must be a positive and finite number")
 
 
 @jax.custom_vjp

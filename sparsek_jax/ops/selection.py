@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from sparsek_jax.ops.checks import check_array, check_int
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.indexing import gather, rows_of, scatter
 from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
@@ -79,7 +80,9 @@ def causal_selection(
       scores: Importance of every key, one per KV head, computed in float32. Sums are held in fixed
         point with a resolution of 2^-30 for T <= 65,536, coarser by four for every doubling beyond
         that. `tau` is rounded to float32, so gates are off by up to 6e-8 times its magnitude:
-        scores should not share a large offset.
+        scores should not share a large offset. At the ends of float32 this does not hold: subnormal
+        scores (about 1e-40) can be ordered as ties, and of scores so large that `u - 1 == u` (from
+        about 2^24 on) a selected key can get a gate of 0 instead of up to 1.
       num_selected: k, how many keys a query keeps.
       sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the
         pool ends at the query.
@@ -112,12 +115,14 @@ def select(
     """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`."""
     batch, length, _ = scores.shape
     start, end = document_bounds(segment_ids, batch, length)
-    if length == 0:
+    scores = scores.astype(jnp.float32)
+    if scores.size == 0:
         none = jnp.zeros_like(scores, jnp.int32)
-        lists = jnp.zeros((batch, 0, scores.shape[2], 0), jnp.int32)
+        lists = (batch, -(-length // chunk_size), scores.shape[2], num_selected)
+        lists = jnp.zeros(lists, jnp.int32)
         return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
-    scores = varying_like(computed_once(scores.astype(jnp.float32)), start)
+    scores = varying_like(computed_once(scores), start)
     settings = _Settings(num_selected, sliding_window, segment_ids is not None)
     by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
     documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
@@ -137,21 +142,13 @@ def check_selection_arguments(
     scores: Any, num_selected: Any, sliding_window: Any, segment_ids: Any
 ) -> None:
     """Raises the errors of `causal_selection`."""
-    if jnp.ndim(scores) != 3:
-        raise ValueError(f"scores must have shape [B, T, K], got {jnp.shape(scores)}")
-    if not jnp.issubdtype(scores.dtype, jnp.floating):
-        raise TypeError(f"scores must be a floating-point array, got dtype {scores.dtype}")
-    for name, value, least in (
-        ("num_selected", num_selected, 1),
-        ("sliding_window", sliding_window, 0),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+    check_array("scores", scores, jnp.floating)
+    if scores.ndim != 3:
+        raise ValueError(f"scores must have shape [B, T, K], got {scores.shape}")
+    check_int("num_selected", num_selected, 1)
+    check_int("sliding_window", sliding_window, 0)
     if segment_ids is not None:
-        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-            raise TypeError(f"segment_ids must be an integer array, got dtype {segment_ids.dtype}")
+        check_array("segment_ids", segment_ids, jnp.integer)
         if segment_ids.shape != scores.shape[:2]:
             raise ValueError(
                 f"segment_ids must have shape [B, T] = {scores.shape[:2]}, got {segment_ids.shape}"

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, SparseKAttention
-from sparsek_jax.nn.alternatives import DenseAttention, WindowAttention
+from sparsek_jax.nn.alternatives import LAYERS, DenseAttention, WindowAttention
 from sparsek_jax.ops.gating import GATINGS
 
 CONFIG = AttentionConfig(
@@ -90,3 +90,87 @@ def test_half_precision_keeps_parameters_and_scores_in_float32():
     assert (out.dtype, scores.dtype) == (jnp.bfloat16, jnp.float32)
     full = make(SparseKAttention, config)(x.astype(jnp.float32))
     assert jnp.linalg.norm(out.astype(jnp.float32) - full) / jnp.linalg.norm(full) < 2e-2
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_tokens(kind):
+    config = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=8, num_selected=8, sliding_window=8, block_size=4
+    )
+    layer = make(LAYERS[kind], config)
+    for x, ids in ((X[:0], IDS[:0]), (X[:, :0], IDS[:, :0])):
+        for segment_ids in (None, ids):
+            out, scores = layer(x, segment_ids=segment_ids, return_scores=True)
+            assert (out.shape, out.dtype) == (x.shape, x.dtype)
+            _, full = jax.eval_shape(lambda: layer(X, return_scores=True))
+            if full is None:
+                assert scores is None
+            else:
+                assert (scores.shape, scores.dtype) == ((*x.shape[:2], 2), full.dtype)
+        gradients = nnx.grad(lambda layer, x: layer(x).sum(), argnums=(0, 1))(layer, x)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_shared_scores_of_no_tokens():
+    layer = make(SparseKAttention, dataclasses.replace(CONFIG, shared_scores=True))
+    assert layer(X[:0], return_scores=True)[1].shape == (0, 17, 1)
+
+
+@pytest.mark.parametrize("kind", [SparseKAttention, DenseAttention])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": X[0]}, ValueError, r"x has shape \(17, 16\); expected \[B, T, d_model=16\]"),
+        ({"x": X[..., :8]}, ValueError, r"x has shape \(2, 17, 8\); expected \[B, T, d_model=16\]"),
+        ({"x": [[[1.0] * 16]]}, TypeError, r"x must be a floating-point array, got \[\[\["),
+        ({"x": IDS}, TypeError, "x must be a floating-point array, got dtype int32"),
+        ({"segment_ids": IDS[0]}, ValueError, r"segment_ids has shape \(17,\); expected \(2, 17\)"),
+        (
+            {"segment_ids": X[..., 0]},
+            ValueError,
+            "segment_ids has dtype float32; expected integers",
+        ),
+        ({"positions": IDS[0]}, ValueError, r"positions has shape \(17,\); expected \(2, 17\)"),
+        ({"positions": IDS[:1]}, ValueError, r"positions has shape \(1, 17\); expected \(2, 17\)"),
+        ({"positions": X[..., 0]}, ValueError, "positions has dtype float32; expected integers"),
+        ({"positions": [[1]]}, ValueError, r"positions=\[\[1\]\]; expected an array of integers"),
+    ],
+)
+def test_bad_arguments_are_named(kind, arguments, error, message):
+    with pytest.raises(error, match=message):
+        make(kind)(**({"x": X} | arguments))
+
+
+def test_bad_arguments_are_named_by_every_method():
+    layer = make(SparseKAttention)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 16\)"):
+        layer.extend(X[:, 0], layer.init_cache(2), jnp.ones(2, int))
+    with pytest.raises(ValueError, match=r"positions has shape \(1, 17\)"):
+        layer.resume(X, layer.init_memory(2), positions=IDS[:1], segment_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "error", "message"),
+    [
+        (0, ValueError, "d_model=0 must be at least 1"),
+        ("16", TypeError, "d_model must be an int, got '16'"),
+    ],
+)
+def test_a_width_is_a_positive_int(d_model, error, message):
+    for kind in (SparseKAttention, DenseAttention):
+        with pytest.raises(error, match=message):
+            kind(CONFIG, d_model, rngs=nnx.Rngs(0))
+
+
+def test_arguments_are_checked_while_tracing():
+    layer = make(SparseKAttention)
+    expected = layer(X, segment_ids=IDS)
+
+    @jax.jit
+    @jax.vmap
+    def by_row(x, ids):
+        return layer(x[None], segment_ids=ids[None])[0]
+
+    np.testing.assert_allclose(by_row(X, IDS), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"x has shape \(1, 17, 8\)"):
+        by_row(X[..., :8], IDS)

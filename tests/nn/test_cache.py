@@ -257,6 +257,16 @@ def test_bad_arguments_are_named(tokens, num_tokens, exception, message):
         model.extend(tokens, model.init_cache(3), num_tokens=num_tokens)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_batch_of_none(variant):
+    model = make(variant, num_layers=4)
+    cache = model.init_cache(0, max_length=10)
+    for size in (1, 3):
+        extended, hidden = model.extend(TOKENS[:0, :size], cache)
+        assert hidden.shape == (0, size, 32)
+        assert jax.tree.map(jnp.shape, extended) == jax.tree.map(jnp.shape, cache)
+
+
 def test_timestep_norm_in_chunks_keeps_its_digits_over_a_long_row():
     x = 100 + jax.random.normal(jax.random.key(0), (2, 8192, 3))
     norm = TimestepNorm(3)

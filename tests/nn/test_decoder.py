@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, Decoder, DecoderConfig
+from sparsek_jax.nn.alternatives import LAYERS
 
 KINDS = ("sparsek", "dense", "window")
 ATTENTION = AttentionConfig(
@@ -256,6 +257,19 @@ def test_positions_are_used():
     assert jnp.abs(run(model, TOKENS) - run(model, TOKENS, 2 * positions)).max() > 1e-2
 
 
+@pytest.mark.parametrize(
+    ("kind", "scan_layers"), [*((kind, False) for kind in LAYERS), ("sparsek", True)]
+)
+def test_no_tokens(kind, scan_layers):
+    attention = {"kind": kind, "num_selected": 8, "sliding_window": 8, "block_size": 4}
+    model = make(attention=attention, scan_layers=scan_layers)
+    for tokens in (TOKENS[:0], TOKENS[:, :0]):
+        for ids in (None, tokens):
+            assert model(tokens, segment_ids=ids).shape == (*tokens.shape, 19)
+        gradients = nnx.grad(lambda model, tokens: model(tokens).sum())(model, tokens)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+
+
 def test_an_id_outside_the_vocabulary_is_loud():
     logits = run(make(), TOKENS.at[0, 10].set(19))
     assert jnp.isfinite(logits[1]).all()
@@ -266,6 +280,7 @@ def test_an_id_outside_the_vocabulary_is_loud():
     ("arguments", "message"),
     [
         ({"tokens": jnp.ones((2, 21))}, "tokens has dtype float32; expected integers"),
+        ({"tokens": [[1, 2]]}, r"tokens=\[\[1, 2\]\]; expected an array of integers"),
         ({"tokens": TOKENS[0]}, r"tokens has shape \(21,\); expected \[B, T\]"),
         ({"segment_ids": TOKENS[:1]}, r"segment_ids has shape \(1, 21\); expected \(2, 21\)"),
         ({"segment_ids": TOKENS > 3}, "segment_ids has dtype bool; expected integers"),

@@ -139,6 +139,20 @@ def test_a_row_that_does_not_begin_where_its_memory_ends_starts_anew():
     assert int(after[0].keys.count[0]) == SIZE
 
 
+@pytest.mark.parametrize("variant", ["soft", "shared scores", "window", "unlearned"])
+def test_rows_of_nothing_leave_the_memory_as_it_is(variant):
+    model = make(variant)
+    whole_rows = (TOKENS[:, :SIZE], POSITIONS[:, :SIZE], SEGMENT_IDS[:, :SIZE])
+    memory, _ = resume(*nnx.split(model), model.init_memory(3), *whole_rows)
+    for before, rows in ((model.init_memory(0), np.s_[:0]), (memory, np.s_[:, :0])):
+        tokens, positions, segment_ids = (jnp.asarray(x)[rows] for x in whole_rows)
+        after, hidden, _ = model.resume(
+            tokens, before, positions=positions, segment_ids=segment_ids
+        )
+        assert hidden.shape == (*tokens.shape, 24)
+        jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def test_too_small_a_support_is_approximate():
     model = make()
     expected = whole(model)

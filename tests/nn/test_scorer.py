@@ -81,6 +81,13 @@ def test_the_slope_decides_between_equal_tokens_far_into_a_row():
     assert bool((jnp.diff(scorer(x)[0, 1:, 0]) > 0).all())
 
 
+def test_no_tokens_have_no_scores():
+    for num_sinks in (0, 2):
+        scorer = ScoringNetwork(4, 2, num_sinks=num_sinks, rngs=nnx.Rngs(0))
+        for shape in ((0, 5), (3, 0)):
+            assert scorer(jnp.ones((*shape, 4))).shape == (*shape, 2)
+
+
 def test_scores_are_float32_for_bfloat16_tokens():
     scorer = ScoringNetwork(32, 3, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 16, 32), jnp.bfloat16)

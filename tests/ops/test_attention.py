@@ -421,9 +421,19 @@ def attention_arguments(**change):
         ({"sliding_window": -1}, ValueError, "sliding_window=-1"),
         ({"gating": "hard"}, ValueError, "gating='hard' is unknown"),
         ({"scale": float("nan")}, ValueError, "scale=nan"),
+        ({"scale": "a"}, ValueError, "scale='a' must be a finite float or None"),
+        ({"scale": True}, ValueError, "scale=True must be a finite float or None"),
+        ({"scale": [1.0]}, ValueError, r"scale=\[1.0\] must be a finite float or None"),
+        ({"scale": 10**400}, ValueError, "scale=10+ must be a finite float or None"),
+        ({"query": [[[[1.0]]]]}, TypeError, r"query must be a floating-point array, got \[\["),
+        ({"key": [[[[1.0]]]]}, TypeError, r"key must be a floating-point array, got \[\["),
+        ({"value": 1.0}, TypeError, "value must be a floating-point array, got 1.0"),
+        ({"scores": [[[1.0]]]}, TypeError, r"scores must be a floating-point array, got \[\["),
+        ({"segment_ids": [[1] * 3] * 2}, TypeError, r"segment_ids must be an integer array, got"),
         ({"segment_ids": jnp.ones((2, 4), int)}, ValueError, "segment_ids must have shape"),
         ({"segment_ids": np.full((2, 3), 2**31)}, ValueError, "segment_ids holds 2147483648"),
         ({"implementation": "cudnn"}, ValueError, "implementation='cudnn' is unknown"),
+        ({"implementation": ["xla"]}, ValueError, r"implementation=\['xla'\] is unknown"),
         ({"implementation": "mosaic_tpu"}, NotImplementedError, "'mosaic_tpu' has no kernel"),
         ({"implementation": "mosaic_gpu"}, NotImplementedError, "'mosaic_gpu': query has dtype"),
     ],
@@ -431,3 +441,15 @@ def attention_arguments(**change):
 def test_bad_arguments(change, error, message):
     with pytest.raises(error, match=message):
         sparsek_attention(**attention_arguments(**change))
+
+
+def test_a_scale_is_known_while_tracing():
+    attend = jax.jit(lambda scale: sparsek_attention(**attention_arguments(scale=scale)))
+    with pytest.raises(ValueError, match=r"scale=.*Tracer.* known while tracing"):
+        attend(1.0)
+
+
+@pytest.mark.parametrize("scale", [2, np.float32(2), np.array(2.0), jnp.array(2.0)])
+def test_a_scale_is_any_number(scale):
+    out = sparsek_attention(**attention_arguments(scale=scale))
+    np.testing.assert_array_equal(out, sparsek_attention(**attention_arguments(scale=2.0)))

@@ -307,6 +307,7 @@ def test_straight_through_and_shared_scores_remember_less():
         ({"support_size": 0}, ValueError, "support_size=0 must be at least 1"),
         ({"gating": "hard"}, ValueError, "gating='hard' is unknown"),
         ({"dtype": jnp.int32}, TypeError, "must be a floating-point dtype"),
+        ({"dtype": "foo"}, TypeError, "dtype='foo' must be a floating-point dtype"),
         (
             {"gating": "straight_through", "support_size": 3},
             ValueError,
@@ -327,6 +328,9 @@ def test_bad_sizes_are_named(changes, exception, message):
         ({"num_tokens": jnp.ones(3, int)}, ValueError, r"num_tokens has shape \(3,\), expected"),
         ({"num_tokens": jnp.full(4, 3)}, ValueError, "num_tokens holds 3, expected 0 to C = 2"),
         ({"num_tokens": jnp.ones(4)}, TypeError, "num_tokens must be an integer array"),
+        ({"num_tokens": 1}, TypeError, "num_tokens must be an integer array, got 1"),
+        ({"num_tokens": [1] * 4}, TypeError, r"num_tokens must be an integer array, got \[1, 1"),
+        ({"scale": "a"}, ValueError, "scale='a' must be a finite float or None"),
     ],
 )
 def test_bad_tokens_are_named(changes, exception, message):
@@ -335,6 +339,36 @@ def test_bad_tokens_are_named(changes, exception, message):
     arguments = {n: jnp.zeros(x) if isinstance(x, tuple) else x for n, x in arguments.items()}
     with pytest.raises(exception, match=message):
         extend_cache(make_cache(CASE), **arguments)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bad_arguments_are_named_for_one_token_too(size):
+    tokens = [jnp.zeros((4, size, *x)) for x in ((4, 16), (2, 16), (2, 16), (2,))]
+    with pytest.raises(ValueError, match="implementation='foo' is unknown"):
+        extend_cache(make_cache(CASE), *tokens, implementation="foo")
+    with pytest.raises(NotImplementedError, match="'mosaic_tpu' has no kernel"):
+        extend_cache(make_cache(CASE), *tokens, implementation="mosaic_tpu")
+    with pytest.raises(TypeError, match="scores must be a floating-point array, got dtype int32"):
+        extend_cache(make_cache(CASE), *tokens[:3], tokens[3].astype(int))
+
+
+def test_an_implementation_is_without_effect_for_one_token():
+    tokens = [jnp.ones((4, 1, *x)) for x in ((4, 16), (2, 16), (2, 16), (2,))]
+    expected = extend_cache(make_cache(CASE), *tokens)
+    actual = extend_cache(make_cache(CASE), *tokens, implementation="mosaic_gpu")
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_batch_of_none(size):
+    cache = make_cache(CASE, batch=0)
+    tokens = [jnp.zeros((0, size, *x)) for x in ((4, 16), (2, 16), (2, 16), (2,))]
+    extended, out, dropped = extend_cache(cache, *tokens, return_dropped=True)
+    assert jax.tree.map(jnp.shape, extended) == jax.tree.map(jnp.shape, cache)
+    assert out.shape == tokens[0].shape
+    assert (dropped.key.shape, dropped.exists.shape) == (tokens[1].shape, tokens[3].shape)
+    gradient = jax.grad(lambda query: extend_cache(cache, query, *tokens[1:])[1].sum())(tokens[0])
+    assert gradient.shape == tokens[0].shape
 
 
 def test_a_cache_of_another_size_or_dtype_is_refused():

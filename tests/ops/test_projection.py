@@ -183,14 +183,29 @@ def test_axis_batch_and_transformations():
     [
         ((jnp.arange(3), 1), TypeError, "z must be a floating-point array, got dtype int32"),
         ((jnp.float32(1.0), 1), ValueError, "z must have at least one axis"),
-        ((jnp.ones(3), 0), ValueError, "k=0 must be positive"),
-        ((jnp.ones(3), float("nan")), ValueError, "k=nan must be positive"),
+        ((jnp.ones(3), 0), ValueError, "k=0 must be a positive and finite number"),
+        ((jnp.ones(3), float("nan")), ValueError, "k=nan must be a positive"),
         ((jnp.ones(3), jnp.ones(2)), ValueError, "k must be a scalar, got shape"),
+        ((jnp.ones(3), "a"), ValueError, "k='a' must be a positive"),
+        ((jnp.ones(3), None), ValueError, "k=None must be a positive"),
+        ((jnp.ones(3), True), ValueError, "k=True must be a positive"),
+        ((jnp.ones(3), -(10**400)), ValueError, "k=-10+ must be a positive"),
     ],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         sparsek(*arguments)
+
+
+@pytest.mark.parametrize("k", [10**400, np.int64(2**40), 1e300], ids=["int", "int64", "float"])
+def test_everything_is_in_a_sum_beyond_all_numbers(k):
+    np.testing.assert_array_equal(sparsek(jnp.array([1.0, -1.0]), k), 1)
+
+
+@pytest.mark.parametrize("axis", ["a", (0, 1), 1.0, None, True])
+def test_an_axis_is_an_int(axis):
+    with pytest.raises(TypeError, match="axis must be an int, got"):
+        sparsek(jnp.ones((3, 3)), 1, axis=axis)
 
 
 def test_bad_keyword_arguments():

@@ -232,6 +232,21 @@ def test_non_finite_score_marks_its_pool_only(bad):
     np.testing.assert_array_equal(tau[:42], clean[:42])
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("shape", [(0, 5, 2), (2, 0, 2), (2, 5, 0), (0, 200, 2)])
+def test_nothing_is_selected_from_nothing(shape, is_packed):
+    scores = jnp.zeros(shape, jnp.bfloat16)
+    ids = jnp.zeros(shape[:2], jnp.int32) if is_packed else None
+    selection, vjp = jax.vjp(lambda scores: select(scores, 2, 1, ids), scores)
+    full = jax.eval_shape(lambda: select(jnp.ones([max(n, 1) for n in shape]), 2, 1))
+    for x, y in zip(jax.tree.leaves(selection), jax.tree.leaves(full), strict=True):
+        assert (x.ndim, x.dtype, x.size) == (y.ndim, y.dtype, 0)
+    chunks = -(-shape[1] // selection.chunk_size)
+    assert selection.candidates.shape == (shape[0], chunks, shape[2], min(2, shape[1]))
+    (gradient,) = vjp(selection)
+    assert (gradient.shape, gradient.dtype) == (shape, jnp.bfloat16)
+
+
 def test_time_and_memory_do_not_grow_with_the_square_of_length():
     def cost(length):
         scores = jax.ShapeDtypeStruct((1, length, 2), jnp.float32)
@@ -251,6 +266,8 @@ def test_time_and_memory_do_not_grow_with_the_square_of_length():
         ({"scores": jnp.ones((2, 3, 1), int)}, TypeError, "scores must be a floating-point"),
         ({"segment_ids": jnp.ones((2, 4), int)}, ValueError, "segment_ids must have shape"),
         ({"segment_ids": jnp.ones((2, 3))}, TypeError, "segment_ids must be an integer array"),
+        ({"scores": [[[1.0]]]}, TypeError, r"scores must be a floating-point array, got \[\[\["),
+        ({"segment_ids": [[1]]}, TypeError, r"segment_ids must be an integer array, got \[\[1\]\]"),
     ],
 )
 def test_bad_arguments(change, error, message):
