@@ -88,7 +88,7 @@ def sparsek_attention(
     check_selection_arguments(scores, num_selected, sliding_window, segment_ids)
     check_implementation(implementation)
     name = _best(query) if implementation is None else implementation
-    at_once = not isinstance(query, jax.core.Tracer)
+    at_once = not any(isinstance(x, jax.core.Tracer) for x in (query, key, value, scores))
     if name == "mosaic_gpu" and at_once and (reason := unsupported(query) or no_kernels(query)):
         raise NotImplementedError(f"implementation={name!r}: {reason}")
     if query.size == 0:
@@ -109,8 +109,14 @@ def sparsek_attention(
 
 
 def no_kernels(query: Float[Array, "B T N H"] | jax.ShapeDtypeStruct) -> str | None:
-    """Why "mosaic_gpu" cannot run on JAX's default device with such a query; None: it can."""
+    """Why "mosaic_gpu" cannot run with such a query, or None.
+
+    Args:
+      query: An array, whose device counts, or else its like, for JAX's default device.
+    """
     device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(query, jax.Array) and not isinstance(query, jax.core.Tracer):
+        device = next(iter(query.devices()))
     platform = device if isinstance(device, str) else device.platform
     capability = getattr(device, "compute_capability", None)
     if capability != "9.0":

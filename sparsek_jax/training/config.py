@@ -13,6 +13,7 @@ import ml_collections
 from sparsek_jax import nn
 from sparsek_jax.data import default_data_config, validate_data_config
 from sparsek_jax.nn.alternatives import LAYERS
+from sparsek_jax.nn.attention import SelectiveAttention
 from sparsek_jax.ops.attention import no_kernels
 
 
@@ -315,7 +316,9 @@ def validate_implementation(config: ml_collections.ConfigDict) -> None:
     Raises:
       ConfigError: They cannot; the message names the fields.
     """
-    if config.attention.implementation != "mosaic_gpu":
+    kinds = config.attention.pattern or [config.attention.kind]
+    selective = [kind for kind, layer in LAYERS.items() if issubclass(layer, SelectiveAttention)]
+    if config.attention.implementation != "mosaic_gpu" or not {*kinds} & {*selective}:
         return
     shape = (1, 1, config.attention.num_heads, config.attention.head_dim)
     if reason := no_kernels(jax.ShapeDtypeStruct(shape, config.model.dtype)):

@@ -3,8 +3,10 @@
 Two would write the same checkpoints, and one would replace the metrics that the other appends to.
 """
 
+import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,37 +23,35 @@ except ModuleNotFoundError:  # Not a POSIX system.
 
 LOCK_FILE = "trainer.lock"
 
-# By directory. The lock is the open file's, so the system gives it up when the process ends in any
-# way; the file itself stays, as whoever removes it may take away another trainer's.
-_held: dict[Path, int] = {}
 
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Keeps other trainers out of a directory, until its block or this process ends in any way.
 
-def lock(workdir: Path) -> None:
-    """Keeps other trainers out of a directory until this process ends.
-
-    Of several processes of one run, process 0 takes the lock and all learn whether it could. A
-    process that asks again has it already. Where files cannot be locked, it warns and goes on.
+    Of several processes of one run, process 0 takes the lock and all learn whether it could. Where
+    files cannot be locked, it warns and goes on.
 
     Args:
       workdir: The run's directory; it exists.
 
     Raises:
-      ConfigError: Another process trains there.
+      ConfigError: Another trainer is there.
     """
-    mine = jax.process_index() != 0 or _take(workdir)
-    # A process that went on would wait for one that has ended.
-    if not multihost_utils.broadcast_one_to_all(np.bool_(mine)):
-        raise ConfigError(
-            f"workdir={str(workdir)!r}: another process trains there{_holder(workdir)}; expected a "
-            "directory in which none does: wait for it, stop it, or choose another --workdir"
-        )
+    # The lock is the open file's. The file stays: whoever removes it may take another trainer's.
+    with contextlib.ExitStack() as stack:
+        mine = jax.process_index() != 0 or _take(workdir, stack)
+        # A process that went on would wait for one that has ended.
+        if not multihost_utils.broadcast_one_to_all(np.bool_(mine)):
+            raise ConfigError(
+                f"workdir={str(workdir)!r}: another process trains there{_holder(workdir)}; "
+                "expected a directory in which none does: wait for it, stop it, or choose another "
+                "--workdir"
+            )
+        yield
 
 
-def _take(workdir: Path) -> bool:
-    """Whether no other process holds the lock, as far as one can know."""
-    key = workdir.resolve()
-    if key in _held:
-        return True
+def _take(workdir: Path, stack: contextlib.ExitStack) -> bool:
+    """Whether no other trainer holds the lock, as far as one can know; it lasts as the stack."""
     if fcntl is None:
         _warn(workdir, "this system has no fcntl")
         return True
@@ -60,18 +60,18 @@ def _take(workdir: Path) -> bool:
     except OSError as error:
         _warn(workdir, error.strerror)
         return True
+    stack.callback(os.close, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(file)
         return False
     except OSError as error:  # Some network file systems have no locks.
-        os.close(file)
         _warn(workdir, error.strerror)
         return True
-    _held[key] = file
-    os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    # The name is a courtesy, for which a full disk has no room.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return True
 
 

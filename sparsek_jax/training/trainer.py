@@ -104,12 +104,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Trai
         raise ConfigError(
             f"workdir={str(workdir)!r}: {error.strerror}; expected a directory to write to"
         ) from error
-    lock(workdir)
-    # Another trainer may have begun the run, and ended, since it was looked at.
-    check_same_run(config, workdir)
-    check_same_corpus(corpus, workdir)
-    log_run(config, corpus, definition)
+    with lock(workdir):
+        # Another trainer may have begun the run, and ended, since it was looked at.
+        check_same_run(config, workdir)
+        check_same_corpus(corpus, workdir)
+        return _train(config, workdir, corpus, model_config, definition)
 
+
+def _train(config, workdir, corpus, model_config, definition):
+    """Trains in a directory that nobody else trains in."""
+    log_run(config, corpus, definition)
     mesh = sharding.make_mesh(mesh_shape(config, jax.device_count()))
     optimizer = make_optimizer(config)
     processes = {

@@ -65,6 +65,8 @@ def test_kernels_that_this_machine_has_not_are_refused():
     message = "attention.implementation='mosaic_gpu' with model.dtype='float32': "
     with pytest.raises(ConfigError, match=re.escape(message)):
         settings({}, {"attention.implementation": "mosaic_gpu"}, overrides=())
+    run = {"attention.implementation": "mosaic_gpu", "attention.kind": "window"}
+    assert settings({}, run, overrides=()).changes == {}
 
 
 def test_runs_from_before_rows_could_go_on_did_not():

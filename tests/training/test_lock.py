@@ -56,7 +56,8 @@ def test_a_second_trainer_is_refused_until_the_first_is_killed(corpus, tmp_path)
     finally:
         first.kill()
         first.communicate()
-    lock(tmp_path)
+    with lock(tmp_path):
+        pass
     (line,) = second.stderr.splitlines()
     assert second.returncode == 2
     assert line.startswith(f"error: workdir='{tmp_path}': another process trains there")
@@ -75,19 +76,37 @@ def test_both_processes_of_a_second_run_are_refused(corpus, locked):
     assert [path.name for path in locked.iterdir()] == [LOCK_FILE]
 
 
-def test_a_process_may_train_again_where_it_did(tmp_path):
-    lock(tmp_path)
-    lock(tmp_path / ".." / tmp_path.name)
-    with pytest.raises(BlockingIOError), (tmp_path / LOCK_FILE).open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def test_nobody_else_may_train_meanwhile_but_afterwards(tmp_path):
+    for _ in range(2):
+        with lock(tmp_path):
+            message = rf"trains there \(process {os.getpid()} on "
+            with pytest.raises(ConfigError, match=message), lock(tmp_path / ".." / tmp_path.name):
+                pass
+
+
+def test_an_error_gives_the_directory_back(tmp_path):
+    with pytest.raises(KeyError), lock(tmp_path):
+        raise KeyError
+    with lock(tmp_path):
+        pass
 
 
 def test_who_holds_the_lock_is_told_if_it_is_known(locked):
-    with pytest.raises(ConfigError, match="trains there; expected"):
-        lock(locked)
+    with pytest.raises(ConfigError, match="trains there; expected"), lock(locked):
+        pass
     (locked / LOCK_FILE).write_text("process 7 on node3\n")
-    with pytest.raises(ConfigError, match=r"trains there \(process 7 on node3\); expected"):
-        lock(locked)
+    message = r"trains there \(process 7 on node3\); expected"
+    with pytest.raises(ConfigError, match=message), lock(locked):
+        pass
+
+
+def test_a_full_disk_is_no_obstacle(monkeypatch, tmp_path):
+    def write(file, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", write)
+    with lock(tmp_path):
+        assert (tmp_path / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
@@ -96,18 +115,21 @@ def test_a_file_system_without_locks_is_trained_on(number, monkeypatch, caplog, 
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    lock(tmp_path)
+    with lock(tmp_path):
+        pass
     assert f"workdir='{tmp_path}' cannot be locked ({os.strerror(number)})" in caplog.text
 
 
 def test_a_lock_file_that_cannot_be_opened_is_no_obstacle(caplog, tmp_path):
     (tmp_path / LOCK_FILE).mkdir()
-    lock(tmp_path)
+    with lock(tmp_path):
+        pass
     assert "cannot be locked (Is a directory)" in caplog.text
 
 
 def test_a_system_without_fcntl_is_trained_on(monkeypatch, caplog, tmp_path):
     monkeypatch.setattr(lock_module, "fcntl", None)
-    lock(tmp_path)
+    with lock(tmp_path):
+        pass
     assert "cannot be locked" in caplog.text
     assert not list(tmp_path.iterdir())

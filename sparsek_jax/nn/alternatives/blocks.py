@@ -140,7 +140,7 @@ def attend_to_seen(
       key: Keys.
       value: Values.
       seen: Which of them every query sees.
-      sharding: Of the residual stream; None: of one device.
+      sharding: Of the residual stream; None: of one device, or XLA finds one.
     """
     batch, size, num_heads, _ = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
@@ -150,13 +150,14 @@ def attend_to_seen(
     def masked(backend, query, key, value, seen):
         return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=backend)
 
-    # JAX has no gradient of cuDNN's attention for an odd length (0.11.2).
-    cuda = "xla" if size % 2 or num_keys % 2 else "cudnn"
+    # JAX has no gradient of cuDNN's attention for an odd length, and XLA may split heads and leave
+    # the mask whole, which cuDNN refuses (0.11.2).
+    is_split = jax.device_count() > 1
+    cuda = "xla" if size % 2 or num_keys % 2 or (is_split and sharding is None) else "cudnn"
     attend = functools.partial(
         by_platform, functools.partial(masked, cuda), functools.partial(masked, "xla")
     )
     if sharding is not None and sharding.num_devices > 1:
-        # XLA may split heads and leave the mask whole, which cuDNN refuses (JAX 0.11.2).
         rows, heads = rows_and_heads(sharding, num_kv_heads)
         by_head = P(rows, None, heads)
         attend = jax.shard_map(
