@@ -22,7 +22,7 @@ from sparsek_jax.ops.mosaic_gpu.layouts import (
     swizzle,
 )
 from sparsek_jax.ops.mosaic_gpu.operands import Keys, Outcome, Settings
-from sparsek_jax.ops.mosaic_gpu.spans import for_tiles, tile_span
+from sparsek_jax.ops.mosaic_gpu.spans import for_tiles, query_block
 from sparsek_jax.ops.mosaic_gpu.tile import Gates, tile_cotangents, tile_gates
 
 
@@ -46,25 +46,20 @@ def query_backward(
         do_ref, lse_ref, delta_ref, tau_ref, dq_ref, dtau_ref,
         q_smem2, do_smem2, tau_smem2, lse_smem2, delta_smem2, q_ready, buffers,
     ):  # fmt: skip
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        warpgroup = lax.axis_index("warpgroup")
-        first_query = lax.axis_index("block") * BLOCK
-        kv_head = lax.div(head, jnp.int32(group))
-        chunk = lax.div(first_query, jnp.int32(settings.chunk_size))
-        chunk_start = chunk * settings.chunk_size
-        span = tile_span(settings, first_query, length, config.columns)
+        block = query_block(settings, group, length, config.columns)
+        batch, head, warpgroup = block.batch, block.head, block.warpgroup
 
         @pl.when(warpgroup < WARPGROUPS)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            first_row = first_query + warpgroup * ROWS
+            first_row = block.first_query + warpgroup * ROWS
             at = pl.ds(first_row, ROWS)
             ready = q_ready.at[warpgroup]
             q_smem, do_smem = q_smem2.at[warpgroup], do_smem2.at[warpgroup]
             vectors = [x.at[warpgroup] for x in (tau_smem2, lse_smem2, delta_smem2)]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem, ready)
             plgpu.copy_gmem_to_smem(do_ref.at[batch, at, head], do_smem, ready)
-            plgpu.copy_gmem_to_smem(tau_ref.at[batch, kv_head, at], vectors[0], ready)
+            plgpu.copy_gmem_to_smem(tau_ref.at[batch, block.kv_head, at], vectors[0], ready)
             plgpu.copy_gmem_to_smem(lse_ref.at[batch, head, at], vectors[1], ready)
             plgpu.copy_gmem_to_smem(delta_ref.at[batch, head, at], vectors[2], ready)
             plgpu.barrier_wait(ready)
@@ -91,7 +86,9 @@ def query_backward(
                         settings,
                         kind,
                         (over_columns(position, tile_shape), over_columns(tau, tile_shape)),
-                        key_side(settings, config, buffers, slot, index, chunk_start, tile_shape),
+                        key_side(
+                            settings, config, buffers, slot, index, block.chunk_start, tile_shape
+                        ),
                         with_interior=True,
                     )
                 _, d_logits, d_gate = tile_cotangents(
@@ -114,7 +111,7 @@ def query_backward(
                 return acc, d_tau
 
             acc, d_tau = for_tiles(
-                span, tile, (full(out_shape, 0.0, TILE), full((ROWS,), 0.0, BY_ROW))
+                block.span, tile, (full(out_shape, 0.0, TILE), full((ROWS,), 0.0, BY_ROW))
             )
             q_smem[...] = (acc * settings.scale).astype(dtype)
             vectors[0][...] = d_tau
@@ -125,18 +122,11 @@ def query_backward(
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            load_key_tiles(
-                settings,
-                config,
-                span,
-                Keys(k_ref, v_ref, s_ref, u_ref),
-                Keys(lk_ref, lv_ref, ls_ref, lu_ref),
-                buffers,
-                (batch, kv_head, chunk),
-            )
+            row_refs = Keys(k_ref, v_ref, s_ref, u_ref)
+            list_refs = Keys(lk_ref, lv_ref, ls_ref, lu_ref)
+            load_key_tiles(settings, config, block, row_refs, list_refs, buffers)
 
-    block = plgpu.SMEM((WARPGROUPS, ROWS, head_dim), dtype, transforms=swizzle(head_dim, dtype))
+    matrix = plgpu.SMEM((WARPGROUPS, ROWS, head_dim), dtype, transforms=swizzle(head_dim, dtype))
     vector = plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
     padded = outcome.tau.shape[2]
     return launch(
@@ -146,8 +136,8 @@ def query_backward(
             jax.ShapeDtypeStruct((batch_size, num_heads, padded), jnp.float32),
         ],
         scratch_types=[
-            block,
-            block,
+            matrix,
+            matrix,
             vector,
             vector,
             vector,

@@ -23,7 +23,7 @@ from sparsek_jax.ops.mosaic_gpu.layouts import (
     swizzle,
 )
 from sparsek_jax.ops.mosaic_gpu.operands import LOWEST, Keys, Settings
-from sparsek_jax.ops.mosaic_gpu.spans import for_tiles, tile_span
+from sparsek_jax.ops.mosaic_gpu.spans import for_tiles, query_block
 from sparsek_jax.ops.mosaic_gpu.tile import LOG2E, Gates, masked, tile_gates
 
 
@@ -46,13 +46,8 @@ def forward(
         q_ref, k_ref, v_ref, s_ref, u_ref, lk_ref, lv_ref, ls_ref, lu_ref, tau_ref,
         out_ref, lse_ref, q_smem2, tau_smem2, lse_smem2, q_ready, turn, buffers,
     ):  # fmt: skip
-        head, batch = lax.axis_index("head"), lax.axis_index("batch")
-        warpgroup = lax.axis_index("warpgroup")
-        first_query = lax.axis_index("block") * BLOCK
-        kv_head = lax.div(head, jnp.int32(group))
-        chunk = lax.div(first_query, jnp.int32(settings.chunk_size))
-        chunk_start = chunk * settings.chunk_size
-        span = tile_span(settings, first_query, length, config.columns)
+        block = query_block(settings, group, length, config.columns)
+        batch, head, warpgroup = block.batch, block.head, block.warpgroup
 
         def take_turns():
             plgpu.barrier_arrive(turn)
@@ -62,11 +57,11 @@ def forward(
         def _():
             plgpu.set_max_registers(232, action="increase")
             q_smem, tau_smem = q_smem2.at[warpgroup], tau_smem2.at[warpgroup]
-            first_row = first_query + warpgroup * ROWS
+            first_row = block.first_query + warpgroup * ROWS
             at = pl.ds(first_row, ROWS)
             ready = q_ready.at[warpgroup]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, at, head], q_smem, ready)
-            plgpu.copy_gmem_to_smem(tau_ref.at[batch, kv_head, at], tau_smem, ready)
+            plgpu.copy_gmem_to_smem(tau_ref.at[batch, block.kv_head, at], tau_smem, ready)
             plgpu.barrier_wait(ready)
             tau = plgpu.load(tau_smem, layout=BY_ROW)
             position = iota(ROWS, first_row, BY_ROW)
@@ -88,7 +83,9 @@ def forward(
                         settings,
                         kind,
                         (over_columns(position, tile_shape), over_columns(tau, tile_shape)),
-                        key_side(settings, config, buffers, slot, index, chunk_start, tile_shape),
+                        key_side(
+                            settings, config, buffers, slot, index, block.chunk_start, tile_shape
+                        ),
                     )
                 plgpu.barrier_arrive(buffers.key_free.at[slot])
                 logits = gated_logits(settings.gating, logits, gates.gate)
@@ -117,7 +114,7 @@ def forward(
 
             pl.when(warpgroup == 1)(take_turns)
             acc, maximum, total = for_tiles(
-                span,
+                block.span,
                 tile,
                 (
                     full(out_shape, 0.0, TILE),
@@ -141,16 +138,9 @@ def forward(
 
         @pl.when(warpgroup == WARPGROUPS)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-            load_key_tiles(
-                settings,
-                config,
-                span,
-                Keys(k_ref, v_ref, s_ref, u_ref),
-                Keys(lk_ref, lv_ref, ls_ref, lu_ref),
-                buffers,
-                (batch, kv_head, chunk),
-            )
+            row_refs = Keys(k_ref, v_ref, s_ref, u_ref)
+            list_refs = Keys(lk_ref, lv_ref, ls_ref, lu_ref)
+            load_key_tiles(settings, config, block, row_refs, list_refs, buffers)
 
     padded = tau.shape[2]
     return launch(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int32
 from sparsek_jax.ops.block_config import BlockConfig
 from sparsek_jax.ops.mosaic_gpu.layouts import BY_COLUMN, WARPGROUPS, iota, over_rows, swizzle
 from sparsek_jax.ops.mosaic_gpu.operands import Keys, Settings
-from sparsek_jax.ops.mosaic_gpu.spans import Span
+from sparsek_jax.ops.mosaic_gpu.spans import QueryBlock
 
 
 class KeyBuffers(NamedTuple):
@@ -47,14 +47,14 @@ def key_buffers(config: BlockConfig, head_dim: int, dtype: DTypeLike) -> KeyBuff
 def load_key_tiles(
     settings: Settings,
     config: BlockConfig,
-    span: Span,
+    block: QueryBlock,
     rows: Keys,
     lists: Keys,
     buffers: KeyBuffers,
-    place: tuple[Int32[Array, ""], Int32[Array, ""], Int32[Array, ""]],
 ) -> None:
-    """Streams the tiles of one block of queries; `place`: batch, KV head and chunk."""
-    batch, head, chunk = place
+    """Streams the tiles of one block of queries, in a warpgroup that does nothing else."""
+    plgpu.set_max_registers(40, action="decrease")
+    batch, head, span = block.batch, block.kv_head, block.span
     columns = config.columns
     padded_list = lists.score.shape[2] // (-(-rows.key.shape[1] // settings.chunk_size))
 
@@ -66,7 +66,7 @@ def load_key_tiles(
             plgpu.barrier_wait(buffers.key_free.at[slot])
 
         if tile is None:
-            at = pl.ds(chunk * padded_list + step * columns, columns)
+            at = pl.ds(block.chunk * padded_list + step * columns, columns)
             source = lists
             key, value = lists.key.at[batch, head, at], lists.value.at[batch, head, at]
         else:

@@ -1,4 +1,4 @@
-"""Which tiles of keys a block of queries visits."""
+"""Which queries a block has, and which tiles of keys it visits."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,6 +42,49 @@ def tile_span(settings: Settings, first_query: Int32[Array, ""], length: int, co
     if settings.packed:
         window = diagonal
     return Span(lax.div(listed + columns - 1, jnp.int32(columns)), slab, window, diagonal, end)
+
+
+class QueryBlock(NamedTuple):
+    """A block of the queries of one head, as one of its warpgroups sees it.
+
+    Attributes:
+      batch: Member of the batch.
+      head: Query head.
+      kv_head: Its KV head.
+      warpgroup: Number of the warpgroup.
+      first_query: Position of the first query.
+      chunk: Chunk that all of its queries are in.
+      chunk_start: Position of the chunk's first query.
+      span: The tiles of keys that it visits.
+    """
+
+    batch: Int32[Array, ""]
+    head: Int32[Array, ""]
+    kv_head: Int32[Array, ""]
+    warpgroup: Int32[Array, ""]
+    first_query: Int32[Array, ""]
+    chunk: Int32[Array, ""]
+    chunk_start: Int32[Array, ""]
+    span: Span
+
+
+def query_block(settings: Settings, group: int, length: int, columns: int) -> QueryBlock:
+    """This warpgroup's block, in a grid with the axes head, block and batch.
+
+    Args:
+      settings: Of the call.
+      group: Query heads of a KV head.
+      length: T.
+      columns: Keys of a tile.
+    """
+    head, batch = lax.axis_index("head"), lax.axis_index("batch")
+    warpgroup = lax.axis_index("warpgroup")
+    first_query = lax.axis_index("block") * BLOCK
+    kv_head = lax.div(head, jnp.int32(group))
+    chunk = lax.div(first_query, jnp.int32(settings.chunk_size))
+    chunk_start = chunk * settings.chunk_size
+    span = tile_span(settings, first_query, length, columns)
+    return QueryBlock(batch, head, kv_head, warpgroup, first_query, chunk, chunk_start, span)
 
 
 def for_tiles(
