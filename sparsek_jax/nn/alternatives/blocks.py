@@ -22,8 +22,8 @@ from sparsek_jax.nn.sharding import rows_and_heads
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
-# Queries that are given the same keys: more skip fewer of the logits that causality masks, fewer
-# take longer to compile.
+# Queries that are given the same keys: with more, fewer of the logits that causality masks are
+# skipped, with fewer, compiling takes longer.
 _STRIPE = 1024
 _MOST_STRIPES = 4
 
@@ -152,8 +152,8 @@ def attend_to_seen(
 
     # JAX has no gradient of cuDNN's attention for an odd length, and XLA may split heads and leave
     # the mask whole, which cuDNN refuses (0.11.2).
-    is_split = jax.device_count() > 1
-    cuda = "xla" if size % 2 or num_keys % 2 or (is_split and sharding is None) else "cudnn"
+    by_xla = sharding is None and jax.device_count() > 1
+    cuda = "xla" if by_xla or size % 2 or num_keys % 2 else "cudnn"
     attend = functools.partial(
         by_platform, functools.partial(masked, cuda), functools.partial(masked, "xla")
     )
