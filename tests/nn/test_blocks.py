@@ -16,9 +16,8 @@ from sparsek_jax.nn import (
     LshAttention,
     MobaAttention,
     NativeSparseAttention,
-    causal,
 )
-from sparsek_jax.nn.alternatives import blocks
+from sparsek_jax.nn.alternatives import blocks, tiles
 from sparsek_jax.nn.alternatives.blocks import whole_blocks
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from tests.nn.masks import assert_close, masked, with_gradients
@@ -35,8 +34,8 @@ IDS = np.array([np.repeat([1, 2, 1], [9, 1, 43]), np.repeat([0, 1, 1], [31, 2, 2
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 8, "cudnn": 8})
-    monkeypatch.setattr(blocks, "_STRIPE", 8)
+    monkeypatch.setattr(blocks, "_SCORES", 128)
+    monkeypatch.setattr(tiles, "_TILE", 4)
 
 
 def make(kind, **changes):
@@ -271,7 +270,9 @@ def test_blocks_are_whole_and_of_one_document(size):
 
 @pytest.mark.parametrize("kind", [*MASKS, NativeSparseAttention, LshAttention])
 def test_memory_is_linear_in_length(kind, monkeypatch):
-    monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 64})
+    monkeypatch.setattr(blocks, "_SCORES", 4096)
+    monkeypatch.setattr(tiles, "_TILE", 16)
+    monkeypatch.setattr(tiles, "_PAIRS", 4096)
     graphdef, params = nnx.split(make(kind, num_selected=48, sliding_window=48, block_size=16))
 
     def temporary_bytes(length):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsek_jax.nn import AttentionConfig, LshAttention, causal
-from sparsek_jax.nn.alternatives import blocks
+from sparsek_jax.nn import AttentionConfig, LshAttention
+from sparsek_jax.nn.alternatives import tiles
 from sparsek_jax.nn.alternatives.hashing import hash_buckets, random_rotations
 from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
@@ -26,8 +26,7 @@ LAYER = 1
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(causal, "_DENSE_CHUNK", {"xla": 8, "cudnn": 8})
-    monkeypatch.setattr(blocks, "_STRIPE", 8)
+    monkeypatch.setattr(tiles, "_TILE", 4)
 
 
 def make(**changes):

@@ -1,31 +1,24 @@
 """Attention over blocks of keys that differ between queries.
 
-A block that one query does not see, a later one may: generation has to remember all keys. Logits
-of all keys so far are computed, and those of keys that are not seen masked, for one chunk of
-queries at a time: memory is linear in T, while time is that of dense attention.
+A block that one query does not see, a later one may: generation has to remember all keys.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
+from sparsek_jax.nn.alternatives.tiles import attend_in_tiles, band_tiles, block_tiles
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.cache import DenseCache, extend_dense_cache, init_dense_cache
-from sparsek_jax.nn.causal import by_platform, over_query_chunks
-from sparsek_jax.nn.sharding import rows_and_heads
+from sparsek_jax.nn.causal import over_query_chunks
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
-# Queries that are given the same keys: with more, fewer of the logits that causality masks are
-# skipped, with fewer, compiling takes longer.
-_STRIPE = 1024
-_MOST_STRIPES = 4
+_SCORES = 1 << 20  # of a chunk of queries and all blocks, for one head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +67,7 @@ def whole_blocks(start: Int[Array, "B S"], size: int) -> Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Where in rows of keys a chunk of queries is.
+    """Where in rows of keys queries are.
 
     Attributes:
       row: Row of each query's own key.
@@ -85,12 +78,6 @@ class Queries:
     row: Int32[Array, "B C"]
     start: Int32[Array, "B C"]
     own: Int32[Array, "B C"]
-
-    def since(self, first: Int[Array, "B C"], num_keys: int) -> Bool[Array, "B 1 1 C S"]:
-        """Which keys are in row `first` of the query or later, but no later than the query."""
-        rows = jnp.arange(num_keys)
-        seen = (rows >= first[..., None]) & (rows <= self.row[..., None])
-        return seen[:, None, None]
 
     def past(self, blocks: Blocks) -> Bool[Array, "B C M"]:
         """Which blocks of its document come before the query's own."""
@@ -110,64 +97,67 @@ def find_queries(row: Int32[Array, "B C"], start: Int32[Array, "B S"], size: int
     return Queries(row, start, row - (row - start) % size)
 
 
-def in_best_blocks(
-    scores: Float32[Array, "B #K #G C M"],
-    candidates: Bool[Array, "B C M"],
-    blocks: Blocks,
-    count: int,
-) -> Bool[Array, "B #K #G C S"]:
-    """Which keys are in the `count` candidates of the highest scores; of equals, the earlier."""
-    scores = jnp.where(candidates[:, None, None], scores, -jnp.inf)
-    best, index = jax.lax.top_k(scores, min(count, scores.shape[-1]))
-    index = jnp.where(best > -jnp.inf, index, scores.shape[-1])
-    return jnp.any(blocks.of_row[:, None, None, None, :, None] == index[..., None, :], axis=-1)
+def best_blocks(
+    scores: Float32[Array, "... M"], candidates: Bool[Array, "... M"], count: int
+) -> Int32[Array, "... n"]:
+    """The `count` candidates of the highest scores, of equals the earlier; M where there is none.
+
+    There are no more of them than blocks, and one in form if `count` is 0.
+    """
+    num_blocks = scores.shape[-1]
+    scores = jnp.where(candidates & (count > 0), scores, -jnp.inf)
+    best, index = jax.lax.top_k(scores, max(min(count, num_blocks), 1))
+    return jnp.where(best > -jnp.inf, index, num_blocks)
 
 
-def attend_to_seen(
+def queries_at_a_time(num_queries: int, num_blocks: int) -> int:
+    """Of how many queries to compare scores of all blocks."""
+    return min(max(_SCORES // num_blocks, 1), num_queries)
+
+
+def attend_to_blocks(
     query: Float[Array, "B C N H"],
-    key: Float32[Array, "B S K H"],
-    value: Float32[Array, "B S K H"],
-    seen: Bool[Array, "B #K #G C S"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    blocks: Blocks,
+    choice: Int32[Array, "B C #K #G n"],
+    row: Int32[Array, "B C"],
+    first: Int32[Array, "B C"],
+    reach: int,
     sharding: NamedSharding | None,
 ) -> Float[Array, "B C N H"]:
-    """Softmax attention over the keys that are seen, at least one by every query.
-
-    Keys and values are rounded to the dtype of the queries here, so that their gradient, which is a
-    sum over chunks of queries, is summed in float32.
+    """Attention over some newest keys, and older ones in chosen blocks.
 
     Args:
-      query: A chunk of queries.
+      query: Queries.
       key: Keys.
       value: Values.
-      seen: Which of them every query sees.
+      blocks: Of the keys.
+      choice: Blocks that every query has chosen, M for none.
+      row: Row of each query's own key.
+      first: The first row that a query sees wholly, up to its own.
+      reach: How many rows that may be before its own, at most.
       sharding: Of the residual stream; None: of one device, or XLA finds one.
     """
-    batch, size, num_heads, _ = query.shape
     num_keys, num_kv_heads = key.shape[1:3]
-    groups = num_heads // num_kv_heads
-    seen = jnp.broadcast_to(seen, (batch, num_kv_heads, groups, size, num_keys))
+    groups = query.shape[2] // num_kv_heads
+    choice = jnp.broadcast_to(choice, (*row.shape, num_kv_heads, groups, choice.shape[-1]))
 
-    def masked(backend, query, key, value, seen):
-        return jax.nn.dot_product_attention(query, key, value, mask=seen, implementation=backend)
+    def make_tiles(tables):
+        choice, begin, row, first = tables
+        choice = choice.reshape(-1, choice.shape[-1])
+        end = jnp.repeat(first, groups)
+        return [
+            band_tiles(row, first, groups, reach, num_keys),
+            block_tiles(choice, begin, blocks.size, end, num_keys),
+        ]
 
-    # JAX has no gradient of cuDNN's attention for an odd length, and XLA may split heads and leave
-    # the mask whole, which cuDNN refuses (0.11.2).
-    by_xla = sharding is None and jax.device_count() > 1
-    cuda = "xla" if by_xla or size % 2 or num_keys % 2 else "cudnn"
-    attend = functools.partial(
-        by_platform, functools.partial(masked, cuda), functools.partial(masked, "xla")
+    by_row = (
+        jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))
+        for x in (blocks.begin, row, first)
     )
-    if sharding is not None and sharding.num_devices > 1:
-        rows, heads = rows_and_heads(sharding, num_kv_heads)
-        by_head = P(rows, None, heads)
-        attend = jax.shard_map(
-            attend,
-            mesh=sharding.mesh,
-            in_specs=(by_head, by_head, by_head, P(rows, heads)),
-            out_specs=by_head,
-        )
-    key, value = key.astype(query.dtype), value.astype(query.dtype)
-    return attend(query, key, value, seen.reshape(batch, num_heads, size, num_keys))
+    tables = (jnp.moveaxis(choice, 2, 1), *by_row)
+    return attend_in_tiles(make_tiles, tables, query, key, value, sharding)
 
 
 def by_kv_head(query: Float[Array, "B C N H"], num_kv_heads: int) -> Float32[Array, "B C K G H"]:
@@ -207,22 +197,9 @@ class RememberingAttention(Attention):
 
     def mix(self, x, query, key, value, segment_ids, sharding, layer):
         """Returns attention output `[B, T, N, H]` and None."""
-        length = x.shape[1]
         start, _ = document_bounds(segment_ids, *x.shape[:2])
-        row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), start.shape)
-        # The stripes' gradients of keys and values are summed here: in float32.
-        key, value = (array.astype(jnp.float32) for array in (key, value))
-        stripe = -(-length // _MOST_STRIPES)
-        stripe = max(stripe + -stripe % _STRIPE, 1)
-        outs = []
-        for first in range(0, length, stripe):
-            end = first + stripe
-            queries = [array[:, first:end] for array in (x, query)]
-            keys = [array[:, :end] for array in (key, value)]
-            outs.append(
-                self.attend(*queries, *keys, row[:, first:end], start[:, :end], sharding, layer)
-            )
-        return jnp.concatenate(outs, axis=1), None
+        row = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), start.shape)
+        return self.attend(x, query, key, value, row, start, sharding, layer), None
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):
         """Returns the extended cache and attention output `[B, C, N, H]`, NaN beyond its room."""
@@ -240,44 +217,12 @@ class RememberingAttention(Attention):
         return init_dense_cache(batch_size, max_length, self.config, self.dtype)
 
 
-class BlockAttention(RememberingAttention):
-    """Attention over the keys that `seen_keys` marks."""
-
-    def seen_keys(
-        self,
-        query: Float[Array, "B C N H"],
-        queries: Queries,
-        blocks: Blocks,
-        means: Float32[Array, "B M K H"],
-        layer: int | Int[Array, ""],
-    ) -> Bool[Array, "B #K #G C S"]:
-        """Returns which keys a chunk of queries sees.
-
-        Args:
-          query: The queries.
-          queries: Where they are.
-          blocks: Of the keys.
-          means: The mean key of every block, without gradient.
-          layer: Index in the decoder.
-        """
-        raise NotImplementedError
-
-    def attend(self, x, query, key, value, row, start, sharding, layer):
-        """Returns attention output `[B, C, N, H]`."""
-        del x
-        blocks = whole_blocks(start, self.config.block_size)
-        key, value = (array.astype(jnp.float32) for array in (key, value))
-        means = jax.lax.stop_gradient(blocks.gather(key).mean(axis=2))
-
-        def attend(query, row):
-            queries = find_queries(row, start, blocks.size)
-            seen = self.seen_keys(query, queries, blocks, means, layer)
-            return attend_to_seen(query, key, value, seen, sharding)
-
-        return over_query_chunks(attend, query, row)
+def mean_keys(blocks: Blocks, key: Float[Array, "B S K H"]) -> Float32[Array, "B M K H"]:
+    """The mean key of every block, in float32, without gradient."""
+    return jax.lax.stop_gradient(blocks.gather(key.astype(jnp.float32)).mean(axis=2))
 
 
-class BigBirdAttention(BlockAttention):
+class BigBirdAttention(RememberingAttention):
     """Attention over a sliding window, the first blocks of the document, and random past blocks.
 
     BigBird (Zaheer et al. 2020, arXiv 2007.14062) made causal: global blocks are seen by all later
@@ -288,31 +233,53 @@ class BigBirdAttention(BlockAttention):
     query sees in part those that reach into its window, so k + w keys is the most it can see.
     """
 
-    def seen_keys(self, query, queries, blocks, means, layer):
-        """Returns which keys a chunk of queries sees, `[B, K, 1, C, S]`."""
-        del query
-        size, window = blocks.size, self.config.sliding_window
-        num_kv_heads, num_keys = means.shape[2], blocks.of_row.shape[1]
+    def attend(self, x, query, key, value, row, start, sharding, layer):
+        """Returns attention output `[B, C, N, H]`."""
+        del x
+        size, window = self.config.block_size, self.config.sliding_window
+        num_keys, num_kv_heads = key.shape[1:3]
+        num_global = round(self.config.num_selected // size * 2 / 5)
+        blocks = whole_blocks(start, size)
+        queries = find_queries(row, start, size)
+        own = (queries.own - queries.start) // size
+        # By number of the queries' block in the document, the numbers of theirs.
+        numbers = self._random_blocks(-(-num_keys // size), num_kv_heads, layer)
+        numbers = numbers.at[own].get(mode="clip")
+        everyone = jnp.arange(num_global, dtype=jnp.int32)
+        everyone = jnp.broadcast_to(everyone, (*numbers.shape[:-1], num_global))
+        numbers = jnp.concatenate([everyone, numbers], axis=-1)
+        begin = queries.start[..., None, None] + numbers * size
+        of_row = jax.vmap(lambda of_row, begin: of_row.at[begin].get(mode="clip"))
+        is_past = numbers < own[..., None, None]
+        choice = jnp.where(is_past, of_row(blocks.of_row, begin), blocks.begin.shape[1])
+        # Queries of global blocks see all of these so far.
+        first = jnp.where(own < num_global, queries.start, row - window + 1)
+        first = jnp.maximum(first, queries.start)
+        reach = max(window, num_global * size) - 1
+        choice = choice[..., None, :]
+        return attend_to_blocks(query, key, value, blocks, choice, row, first, reach, sharding)
+
+    def _random_blocks(self, num_blocks, num_kv_heads, layer) -> Int32[Array, "blocks K n"]:
+        """Of queries in every block, the numbers of random blocks; of none a number too large."""
+        size, window = self.config.block_size, self.config.sliding_window
         count = self.config.num_selected // size
         num_global = round(count * 2 / 5)
-        first_local = queries.start + num_global * size
-        candidates = queries.past(blocks)
-        candidates &= blocks.begin[:, None] >= first_local[..., None]
-        candidates &= blocks.begin[:, None] <= (queries.own + size - 1 - window)[..., None]
-        # Blocks by their numbers in the document, which are the same in every row.
-        number = (blocks.begin[:, None] - queries.start[..., None]) // size
-        own_number = (queries.own - queries.start) // size
-        scores = uniform_numbers(layer, own_number[..., None], number, num_heads=num_kv_heads)
-        chosen = in_best_blocks(
-            jnp.moveaxis(scores, -1, 1)[:, :, None], candidates, blocks, count - num_global
-        )
-        first = jnp.maximum(queries.start, queries.row - window + 1)
-        local, everything = (queries.since(x, num_keys) for x in (first, queries.start))
-        is_global = jnp.arange(num_keys) < first_local[..., None]
-        return chosen | local | (everything & is_global[:, None, None])
+        number = jnp.arange(num_blocks, dtype=jnp.int32)
+
+        def choose(own):
+            scores = uniform_numbers(layer, own[..., None], number, num_heads=num_kv_heads)
+            begin, own = number * size, own[..., None]
+            candidates = (number >= num_global) & (number < own)
+            candidates &= begin <= own * size + size - 1 - window
+            scores = jnp.moveaxis(scores, -1, -2)
+            return best_blocks(scores, candidates[..., None, :], count - num_global)
+
+        return over_query_chunks(
+            choose, number[None], chunk_size=queries_at_a_time(num_blocks, num_blocks)
+        )[0]
 
 
-class MobaAttention(BlockAttention):
+class MobaAttention(RememberingAttention):
     """Attention over the query's own block and the past blocks with the best mean keys.
 
     Mixture of Block Attention (Lu et al. 2025, arXiv 2502.13189). Every query head by itself takes
@@ -320,11 +287,20 @@ class MobaAttention(BlockAttention):
     choice. There is no window: own and past blocks together hold k + w keys.
     """
 
-    def seen_keys(self, query, queries, blocks, means, layer):
-        """Returns which keys a chunk of queries sees, `[B, K, G, C, S]`."""
-        del layer
-        by_head = by_kv_head(query, means.shape[2])
-        scores = einsum_f32("bckgh,bmkh->bkgcm", by_head, means)
-        count = (self.config.num_selected + self.config.sliding_window) // blocks.size - 1
-        chosen = in_best_blocks(scores, queries.past(blocks), blocks, count)
-        return chosen | queries.since(queries.own, blocks.of_row.shape[1])
+    def attend(self, x, query, key, value, row, start, sharding, layer):
+        """Returns attention output `[B, C, N, H]`."""
+        del x, layer
+        size = self.config.block_size
+        count = (self.config.num_selected + self.config.sliding_window) // size - 1
+        blocks = whole_blocks(start, size)
+        means = mean_keys(blocks, key)
+
+        def choose(query, row):
+            queries = find_queries(row, start, size)
+            scores = einsum_f32("bckgh,bmkh->bckgm", by_kv_head(query, key.shape[2]), means)
+            return best_blocks(scores, queries.past(blocks)[:, :, None, None], count)
+
+        chunk_size = queries_at_a_time(row.shape[1], means.shape[1])
+        choice = over_query_chunks(choose, jax.lax.stop_gradient(query), row, chunk_size=chunk_size)
+        own = find_queries(row, start, size).own
+        return attend_to_blocks(query, key, value, blocks, choice, row, own, size - 1, sharding)

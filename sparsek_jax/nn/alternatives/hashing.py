@@ -1,17 +1,16 @@
 """Attention over the keys that locality-sensitive hashing puts into the query's buckets.
 
 As with attention over blocks, a key that one query does not see, a later one may: generation has to
-remember all keys, and logits of all keys are computed and masked, for one chunk of queries at a
-time.
+remember all keys.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Int32
 
-from sparsek_jax.nn.alternatives.blocks import RememberingAttention, attend_to_seen, by_kv_head
+from sparsek_jax.nn.alternatives.blocks import RememberingAttention, by_kv_head
 from sparsek_jax.nn.alternatives.selection import layer_rng
-from sparsek_jax.nn.causal import over_query_chunks
+from sparsek_jax.nn.alternatives.tiles import Buckets, attend_in_tiles, band_tiles, bucket_tiles
 from sparsek_jax.nn.config import LSH_BUCKETS, LSH_ROUNDS
 from sparsek_jax.ops.products import einsum_f32
 
@@ -77,25 +76,33 @@ class LshAttention(RememberingAttention):
         del x
         config = self.config
         num_keys, num_kv_heads = key.shape[1:3]
+        groups = config.num_heads // num_kv_heads
+        most = config.num_selected // LSH_ROUNDS
         rotations = random_rotations(layer, num_kv_heads, config.head_dim)
-        key, value = (array.astype(jnp.float32) for array in (key, value))
-        key_bucket = hash_buckets(key[:, :, :, None], rotations)
+        key_bucket = hash_buckets(key.astype(jnp.float32)[:, :, :, None], rotations)
         counts = count_earlier(key_bucket[:, :, :, 0])
-        rows = jnp.arange(num_keys, dtype=jnp.int32)
-        number = counts_at(counts, jnp.broadcast_to(rows, start.shape), key_bucket)
+        rows = jnp.broadcast_to(jnp.arange(num_keys, dtype=jnp.int32), start.shape)
+        number = counts_at(counts, rows, key_bucket)
         bucket = hash_buckets(by_kv_head(query, num_kv_heads), rotations)
+        start = jnp.take_along_axis(start, row, axis=1, mode="clip")
+        local = jnp.maximum(row - config.sliding_window + 1, start)
+        end = counts_at(counts, local, bucket)
         # Documents do not overlap: the newest keys of one have the highest numbers of all so far.
-        local = row - config.sliding_window + 1
-        oldest = counts_at(counts, local, bucket) - config.num_selected // LSH_ROUNDS
-        key_bucket, number = (jnp.moveaxis(x, 1, 3) for x in (key_bucket, number))
-        first = jnp.take_along_axis(start, row, axis=1, mode="clip")
+        first = jnp.maximum(end - most, counts_at(counts, start, bucket))
 
-        def attend(query, bucket, oldest, row, first, local):
-            # [B, K, G, C, 1, R], beside keys of [B, K, 1, 1, S, R].
-            bucket, oldest = (jnp.moveaxis(x, 1, 3)[..., None, :] for x in (bucket, oldest))
-            found = (key_bucket[:, :, :, None] == bucket) & (number[:, :, :, None] >= oldest)
-            row, first, local = (x[:, None, None, :, None] for x in (row, first, local))
-            seen = (rows >= first) & (rows <= row) & ((rows >= local) | jnp.any(found, axis=-1))
-            return attend_to_seen(query, key, value, seen, sharding)
+        def make_tiles(tables):
+            queries, keys, row, local = tables
+            queries, keys = (
+                Buckets(*(x.reshape(-1, LSH_ROUNDS) for x in each)) for each in (queries, keys)
+            )
+            reach = config.sliding_window - 1
+            band = band_tiles(row, local, groups, reach, num_keys)
+            return [band, *bucket_tiles(queries, keys, LSH_BUCKETS, most)]
 
-        return over_query_chunks(attend, query, bucket, oldest, row, first, local)
+        by_head = [(bucket, first, end), (key_bucket, number, number + 1)]
+        by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), by_head)
+        by_row = (
+            jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))
+            for x in (row, local)
+        )
+        return attend_in_tiles(make_tiles, (*by_head, *by_row), query, key, value, sharding)

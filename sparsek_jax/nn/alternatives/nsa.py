@@ -6,11 +6,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32
 
 from sparsek_jax.nn.alternatives.blocks import (
-    BlockAttention,
-    attend_to_seen,
+    RememberingAttention,
+    attend_to_blocks,
+    best_blocks,
     by_kv_head,
     find_queries,
-    in_best_blocks,
+    queries_at_a_time,
     whole_blocks,
 )
 from sparsek_jax.nn.attention import float32_linear
@@ -49,7 +50,7 @@ class BlockCompression(nnx.Module):
         return rows.mean(axis=2) + self.outer(hidden)
 
 
-class NativeSparseAttention(BlockAttention):
+class NativeSparseAttention(RememberingAttention):
     """Three kinds of attention, summed by gates that the hidden state gives to each query head.
 
     - Compressed: over one compressed key for every block that is complete.
@@ -78,25 +79,28 @@ class NativeSparseAttention(BlockAttention):
         key, value = (array.astype(jnp.float32) for array in (key, value))
         compressed_key = self.compress_key(blocks.gather(key))
         compressed_value = self.compress_value(blocks.gather(value))
-        num_keys, num_kv_heads = key.shape[1:3]
+        num_kv_heads = key.shape[2]
         count = self.config.num_selected // blocks.size - 1
 
-        def attend(query, row):
+        def compare(query, row):
             queries = find_queries(row, start, blocks.size)
             before = queries.own - blocks.size
             by_head = by_kv_head(query, num_kv_heads)
             weights = _weights(by_head, compressed_key, queries.complete(blocks))
             compressed = einsum_f32("bkgcm,bmkh->bckgh", weights, compressed_value)
-            mass = jax.lax.stop_gradient(weights.sum(axis=2, keepdims=True))
+            mass = jnp.swapaxes(jax.lax.stop_gradient(weights.sum(axis=2)), 1, 2)
             begin = blocks.begin[:, None]
             fixed = (begin == queries.start[..., None]) | (begin == before[..., None])
-            mass = jnp.where(fixed[:, None, None], jnp.inf, mass)
-            seen = in_best_blocks(mass, queries.past(blocks), blocks, count)
-            seen |= queries.since(queries.own, num_keys)
-            selected = attend_to_seen(query, key, value, seen, sharding)
-            return compressed.reshape(query.shape).astype(query.dtype), selected
+            mass = jnp.where(fixed[:, :, None], jnp.inf, mass)
+            choice = best_blocks(mass, queries.past(blocks)[:, :, None], count)
+            return compressed.reshape(query.shape).astype(query.dtype), choice[..., None, :]
 
-        compressed, selected = over_query_chunks(attend, query, row)
+        chunk_size = queries_at_a_time(row.shape[1], blocks.begin.shape[1])
+        compressed, choice = over_query_chunks(compare, query, row, chunk_size=chunk_size)
+        own = find_queries(row, start, blocks.size).own
+        selected = attend_to_blocks(
+            query, key, value, blocks, choice, row, own, blocks.size - 1, sharding
+        )
         return self._gated(x, 0, compressed) + self._gated(x, 1, selected)
 
     def mix(self, x, query, key, value, segment_ids, sharding, layer):

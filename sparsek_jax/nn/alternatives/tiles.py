@@ -1,0 +1,304 @@
+"""Attention of queries over keys that differ between them, in time linear in what they see.
+
+Queries that see some of the same keys are put into one tile with these keys. A tile's logits are
+one small matrix product; a query's softmax is over all keys that it sees in all of its tiles. Tiles
+are lists of row numbers, made anew for every row of the batch and KV head: what a query sees may
+depend on the query, as long as many queries see the same.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
+
+from sparsek_jax.nn.sharding import rows_and_heads
+from sparsek_jax.ops.products import einsum_f32
+
+_TILE = 64  # queries
+_ALIGNED = 16  # keys, for products of matrices
+_PAIRS = 1 << 27  # of a query and a key, whose logits are in memory at a time
+
+
+class Tiles(NamedTuple):
+    """Tiles of one row of the batch and KV head.
+
+    A pair of a query and a key is seen in one tile at most.
+
+    Attributes:
+      query: Numbers of a tile's queries; Q, the number of all, where there is none.
+      key: Rows of its keys; S, the number of all, where there is none.
+      seen: Which of the keys each of the queries sees.
+    """
+
+    query: Int32[Array, "n q"]
+    key: Int32[Array, "n s"]
+    seen: Bool[Array, "n q s"]
+
+
+def attend_in_tiles(
+    make_tiles: Callable[[PyTree], list[Tiles]],
+    tables: PyTree,
+    query: Float[Array, "B C N H"],
+    key: Float[Array, "B S K H"],
+    value: Float[Array, "B S K H"],
+    sharding: NamedSharding | None,
+) -> Float[Array, "B C N H"]:
+    """Softmax attention over the keys that are seen; NaN for a query that sees none.
+
+    Sums over tiles are made by scattered additions: on a GPU, two runs differ by rounding.
+
+    Args:
+      make_tiles: Makes tiles of one member of the batch and KV head, whose queries are numbered
+        from the first on, and at each by head.
+      tables: Its argument for all of them: arrays `[B, K, ...]`.
+      query: Queries.
+      key: Keys.
+      value: Values.
+      sharding: Of the residual stream; None: of one device, or XLA finds one.
+    """
+    batch, num_queries, _, head_dim = query.shape
+    num_kv_heads = key.shape[2]
+    by_head = query.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
+    arrays = (jnp.swapaxes(by_head, 1, 2), jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+
+    @jax.checkpoint
+    def attend_one(tables, query, key, value):
+        flat = query.reshape(-1, head_dim)
+        return _attend(flat, key, value, make_tiles(tables)).reshape(query.shape)
+
+    def attend(*arrays):
+        rows, heads = arrays[1].shape[:2]
+        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), arrays)
+        pairs = sum(x.seen.size for x in jax.eval_shape(make_tiles, jax.tree.map(_first, flat[0])))
+        most = max(_PAIRS // max(pairs, 1), 1)
+        at_a_time = max(
+            x for x in range(1, rows * heads + 1) if rows * heads % x == 0 and x <= most
+        )
+        split = jax.tree.map(lambda x: x.reshape(-1, at_a_time, *x.shape[1:]), flat)
+        out = jax.lax.map(lambda some: jax.vmap(attend_one)(*some), split)
+        return out.reshape(rows, heads, *out.shape[2:])
+
+    if sharding is not None and sharding.num_devices > 1:
+        spec = P(*rows_and_heads(sharding, num_kv_heads))
+        attend = jax.shard_map(attend, mesh=sharding.mesh, in_specs=spec, out_specs=spec)
+    return jnp.swapaxes(attend(tables, *arrays), 1, 2).reshape(query.shape)
+
+
+def _first(x):
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+
+def _attend(
+    query: Float[Array, "Q H"],
+    key: Float[Array, "S H"],
+    value: Float[Array, "S H"],
+    parts: list[Tiles],
+) -> Float[Array, "Q H"]:
+    dtype = query.dtype
+    # Gradients of what is gathered are summed in float32, products are of the given dtype.
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+
+    # Where there is none: of rows in bounds, one would get all these gradients of zero, in turn.
+    def rows(x, index, dtype=dtype):
+        return x.at[index].get(mode="fill", fill_value=0).astype(dtype)
+
+    def logits(tiles):
+        products = einsum_f32("nqh,nsh->nqs", rows(query, tiles.query), rows(key, tiles.key))
+        return jnp.where(tiles.seen, products * query.shape[-1] ** -0.5, -jnp.inf)
+
+    parts = [(tiles, logits(tiles)) for tiles in parts]
+    largest = jnp.full(query.shape[:1], -jnp.inf)
+    for tiles, x in parts:
+        largest = largest.at[tiles.query].max(jax.lax.stop_gradient(x).max(axis=-1), mode="drop")
+    total, out = jnp.zeros(query.shape[:1]), jnp.zeros(query.shape)
+    for tiles, x in parts:
+        weights = jnp.exp(x - rows(largest, tiles.query, jnp.float32)[..., None])
+        total = total.at[tiles.query].add(weights.sum(axis=-1), mode="drop")
+        seen = einsum_f32("nqs,nsh->nqh", weights.astype(dtype), rows(value, tiles.key))
+        out = out.at[tiles.query].add(seen, mode="drop")
+    return (out / total[:, None]).astype(dtype)
+
+
+def band_tiles(
+    row: Int32[Array, " C"], first: Int32[Array, " C"], groups: int, reach: int, num_keys: int
+) -> Tiles:
+    """Tiles of what every query sees from one row up to its own.
+
+    Args:
+      row: Rows of the queries' own keys, one after the other.
+      first: First row that each sees.
+      groups: Queries at every row.
+      reach: The most rows that one sees before its own.
+      num_keys: S.
+    """
+    (count,) = row.shape
+    size = min(max(_TILE // groups, 1), count)
+    number = jnp.arange(count + -count % size, dtype=jnp.int32).reshape(-1, size)
+    newest = row.at[number].get(mode="clip")
+    width = min(reach, num_keys - 1) + size
+    width += -width % _ALIGNED
+    key = newest[:, :1] + size + jnp.arange(-width, 0, dtype=jnp.int32)
+    oldest = jnp.where(number < count, first.at[number].get(mode="clip"), num_keys)
+    rows = key[:, None]
+    seen = (rows >= oldest[..., None]) & (rows <= newest[..., None]) & (rows < num_keys)
+    query = number[..., None] * groups + jnp.arange(groups, dtype=jnp.int32)
+    return Tiles(
+        jnp.minimum(query.reshape(len(number), -1), count * groups),
+        jnp.where(key < 0, num_keys, key),
+        jnp.repeat(seen, groups, axis=1),
+    )
+
+
+def gather_groups(
+    group: Int32[Array, " P"], num_groups: int
+) -> tuple[Int32[Array, "n tile"], Int32[Array, " n"]]:
+    """Cuts every group's members into tiles.
+
+    Args:
+      group: Of every member; `num_groups` for one of none.
+      num_groups: How many groups there are.
+
+    Returns:
+      The numbers of every tile's members, P where there is none, and the tile's group.
+    """
+    (size,) = group.shape
+    # Counting spares a GPU a sort. With as many members as groups in a chunk, its memory is linear.
+    chunk_size = max(num_groups, _TILE)
+    chunks = jnp.pad(group, (0, -size % chunk_size), constant_values=num_groups)
+    chunks = chunks.reshape(-1, chunk_size)
+    earlier = np.tri(chunk_size, k=-1, dtype=bool)
+
+    def count_chunk(chunk):
+        number = jnp.sum((chunk[:, None] == chunk) & earlier, axis=1, dtype=jnp.int32)
+        is_in = chunk[:, None] == jnp.arange(num_groups, dtype=jnp.int32)
+        return number, jnp.sum(is_in, axis=0, dtype=jnp.int32)
+
+    at_a_time = max(_PAIRS // chunk_size**2, 1)
+    number, count = jax.lax.map(count_chunk, chunks, batch_size=at_a_time)
+    up_to = jnp.cumsum(count, axis=0)
+    number += jnp.take_along_axis(up_to - count, chunks, axis=1, mode="clip")
+
+    num_tiles = -(-up_to[-1] // _TILE)
+    # Every group's last tile may be short of members.
+    most = min(size, size // _TILE + num_groups)
+    place = (jnp.cumsum(num_tiles) - num_tiles).at[chunks].get(mode="clip") * _TILE + number
+    place = jnp.where(chunks < num_groups, place, most * _TILE).reshape(-1)
+    members = jnp.arange(len(place), dtype=jnp.int32)
+    member = jnp.full(most * _TILE, size, jnp.int32).at[place].set(members, mode="drop")
+    return member.reshape(most, _TILE), number_parts(num_tiles, most)[0]
+
+
+def number_parts(
+    count: Int32[Array, " G"], most: int
+) -> tuple[Int32[Array, " n"], Int32[Array, " n"]]:
+    """Lists the parts of things that have several.
+
+    Args:
+      count: How many parts every thing has.
+      most: How many to list; what is too many is of no thing.
+
+    Returns:
+      The thing that every part is of, G for none, and the part's number among those of the thing.
+    """
+    end = jnp.cumsum(count)
+    part = jnp.arange(most, dtype=jnp.int32)
+    things = jnp.arange(len(count), dtype=jnp.int32)
+    thing = jnp.repeat(things, count, total_repeat_length=most)
+    number = part - (end - count)[thing]
+    return jnp.where(part < end[-1], thing, len(count)), number
+
+
+def block_tiles(
+    choice: Int32[Array, "Q n"],
+    begin: Int32[Array, " M"],
+    size: int,
+    end: Int32[Array, " Q"],
+    num_keys: int,
+) -> Tiles:
+    """Tiles of the blocks that queries have chosen.
+
+    Args:
+      choice: Different blocks; M for none.
+      begin: First row of every block.
+      size: Keys of a block.
+      end: Row from which on a query does not see chosen blocks.
+      num_keys: S.
+    """
+    most = choice.shape[1]
+    member, block = gather_groups(choice.reshape(-1), len(begin))
+    query = member // most
+    key = begin.at[block].get(mode="fill", fill_value=num_keys)[:, None]
+    key += jnp.arange(size, dtype=jnp.int32)
+    end = end.at[query].get(mode="fill", fill_value=0)
+    return Tiles(query, key, key[:, None] < end[..., None])
+
+
+class Buckets(NamedTuple):
+    """What one query may see of the keys in its buckets, or which buckets a key is in.
+
+    Attributes:
+      bucket: In every round of hashing.
+      first: The first key of it that the query sees, or the key, counted from the first in the row.
+      end: The key after the last one.
+    """
+
+    bucket: Int[Array, "n R"]
+    first: Int[Array, "n R"]
+    end: Int[Array, "n R"]
+
+
+def bucket_tiles(queries: Buckets, keys: Buckets, num_buckets: int, most: int) -> list[Tiles]:
+    """Tiles of the keys in queries' buckets, for every round; what several rounds find, the first.
+
+    Args:
+      queries: What they see. Of those of one bucket, neither `first` nor `end` ever falls.
+      keys: Of keys.
+      num_buckets: Of a round.
+      most: The most keys of a bucket that a query sees.
+    """
+    num_keys, rounds = keys.bucket.shape
+    num_queries = len(queries.bucket)
+    parts = []
+    for i in range(rounds):
+        query, bucket = gather_groups(queries.bucket[:, i], num_buckets)
+        valid = query < num_queries
+        # Rows of the keys, bucket by bucket.
+        is_in = keys.bucket[:, i, None] == jnp.arange(num_buckets)
+        count = jnp.sum(is_in, axis=0, dtype=jnp.int32)
+        before = jnp.cumsum(count) - count
+        place = before[keys.bucket[:, i]] + keys.first[:, i]
+        rows = jnp.arange(num_keys, dtype=jnp.int32)
+        order = jnp.zeros(num_keys, jnp.int32).at[place].set(rows, unique_indices=True)
+        before = before.at[bucket].get(mode="clip")
+        first, end = (x[:, i].at[query].get(mode="clip") for x in (queries.first, queries.end))
+        lowest = jnp.where(valid, first, num_keys).min(axis=1)
+        highest = jnp.where(valid, end, 0).max(axis=1)
+        width = jnp.maximum(highest - lowest, 0)
+        # The queries of tiles of one bucket lie one after the other, and what lies between the
+        # first and the last of a tile adds up to no more than all keys.
+        num_tiles = len(query) * (-(-most // _TILE) + 1) + num_keys // _TILE
+        tile, number = number_parts(-(-width // _TILE), num_tiles)
+        lowest, highest, before = (
+            x.at[tile].get(mode="clip")[:, None] for x in (lowest, highest, before)
+        )
+        place = lowest + number[:, None] * _TILE + jnp.arange(_TILE, dtype=jnp.int32)
+        exists = (place < highest) & (tile < len(bucket))[:, None]
+        key = jnp.where(exists, order.at[before + place].get(mode="clip"), num_keys)
+        query = query.at[tile].get(mode="fill", fill_value=num_queries)
+
+        def finds(j, query=query, key=key):
+            of_query = [x[:, j].at[query].get(mode="clip")[:, :, None] for x in queries]
+            of_key = [x[:, j].at[key].get(mode="clip")[:, None] for x in keys]
+            same = of_query[0] == of_key[0]
+            return same & (of_query[1] <= of_key[1]) & (of_key[1] < of_query[2])
+
+        seen = finds(i) & (query < num_queries)[:, :, None] & exists[:, None]
+        for earlier in range(i):
+            seen &= ~finds(earlier)
+        parts.append(Tiles(query, key, seen))
+    return parts
