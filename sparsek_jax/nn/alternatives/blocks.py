@@ -242,9 +242,7 @@ class BigBirdAttention(RememberingAttention):
         blocks = whole_blocks(start, size)
         queries = find_queries(row, start, size)
         own = (queries.own - queries.start) // size
-        # By number of the queries' block in the document, the numbers of theirs.
-        numbers = self._random_blocks(-(-num_keys // size), num_kv_heads, layer)
-        numbers = numbers.at[own].get(mode="clip")
+        numbers = self._random_blocks(own, -(-num_keys // size), num_kv_heads, layer)
         everyone = jnp.arange(num_global, dtype=jnp.int32)
         everyone = jnp.broadcast_to(everyone, (*numbers.shape[:-1], num_global))
         numbers = jnp.concatenate([everyone, numbers], axis=-1)
@@ -259,8 +257,15 @@ class BigBirdAttention(RememberingAttention):
         choice = choice[..., None, :]
         return attend_to_blocks(query, key, value, blocks, choice, row, first, reach, sharding)
 
-    def _random_blocks(self, num_blocks, num_kv_heads, layer) -> Int32[Array, "blocks K n"]:
-        """Of queries in every block, the numbers of random blocks; of none a number too large."""
+    def _random_blocks(self, own, num_blocks, num_kv_heads, layer) -> Int32[Array, "B C K n"]:
+        """The numbers of the random blocks of queries in these ones; of none one too large.
+
+        Args:
+          own: Numbers of the queries' own blocks, `[B, C]`.
+          num_blocks: That a document has at most.
+          num_kv_heads: K.
+          layer: Index in the decoder.
+        """
         size, window = self.config.block_size, self.config.sliding_window
         count = self.config.num_selected // size
         num_global = round(count * 2 / 5)
@@ -274,9 +279,12 @@ class BigBirdAttention(RememberingAttention):
             scores = jnp.moveaxis(scores, -1, -2)
             return best_blocks(scores, candidates[..., None, :], count - num_global)
 
-        return over_query_chunks(
-            choose, number[None], chunk_size=queries_at_a_time(num_blocks, num_blocks)
-        )[0]
+        # Of every block once, unless there are fewer queries.
+        once = own.size >= num_blocks
+        choosing = number[None] if once else own
+        chunk_size = queries_at_a_time(choosing.shape[1], num_blocks)
+        chosen = over_query_chunks(choose, choosing, chunk_size=chunk_size)
+        return chosen[0].at[own].get(mode="clip") if once else chosen
 
 
 class MobaAttention(RememberingAttention):

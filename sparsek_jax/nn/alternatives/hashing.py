@@ -97,7 +97,8 @@ class LshAttention(RememberingAttention):
             )
             reach = config.sliding_window - 1
             band = band_tiles(row, local, groups, reach, num_keys)
-            return [band, *bucket_tiles(queries, keys, LSH_BUCKETS, most)]
+            span = len(row) + config.sliding_window
+            return [band, *bucket_tiles(queries, keys, LSH_BUCKETS, most, span)]
 
         by_head = [(bucket, first, end), (key_bucket, number, number + 1)]
         by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), by_head)

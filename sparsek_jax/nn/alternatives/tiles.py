@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
@@ -155,26 +154,28 @@ def band_tiles(
 
 
 def gather_groups(
-    group: Int32[Array, " P"], num_groups: int
+    group: Int32[Array, " P"], num_groups: int, most: int
 ) -> tuple[Int32[Array, "n tile"], Int32[Array, " n"]]:
     """Cuts every group's members into tiles.
 
     Args:
       group: Of every member; `num_groups` for one of none.
       num_groups: How many groups there are.
+      most: The most members of a group.
 
     Returns:
-      The numbers of every tile's members, P where there is none, and the tile's group.
+      The numbers of every tile's members, P where there is none, and the tile's group, `num_groups`
+      for a tile of none.
     """
     (size,) = group.shape
+    tile = min(_TILE, most)
     # Counting spares a GPU a sort. With as many members as groups in a chunk, its memory is linear.
     chunk_size = max(num_groups, _TILE)
     chunks = jnp.pad(group, (0, -size % chunk_size), constant_values=num_groups)
     chunks = chunks.reshape(-1, chunk_size)
-    earlier = np.tri(chunk_size, k=-1, dtype=bool)
 
     def count_chunk(chunk):
-        number = jnp.sum((chunk[:, None] == chunk) & earlier, axis=1, dtype=jnp.int32)
+        number = jnp.sum(jnp.tril(chunk[:, None] == chunk, -1), axis=1, dtype=jnp.int32)
         is_in = chunk[:, None] == jnp.arange(num_groups, dtype=jnp.int32)
         return number, jnp.sum(is_in, axis=0, dtype=jnp.int32)
 
@@ -183,14 +184,14 @@ def gather_groups(
     up_to = jnp.cumsum(count, axis=0)
     number += jnp.take_along_axis(up_to - count, chunks, axis=1, mode="clip")
 
-    num_tiles = -(-up_to[-1] // _TILE)
+    count = -(-up_to[-1] // tile)
     # Every group's last tile may be short of members.
-    most = min(size, size // _TILE + num_groups)
-    place = (jnp.cumsum(num_tiles) - num_tiles).at[chunks].get(mode="clip") * _TILE + number
-    place = jnp.where(chunks < num_groups, place, most * _TILE).reshape(-1)
+    num_tiles = min(size, size // tile + num_groups)
+    place = (jnp.cumsum(count) - count).at[chunks].get(mode="clip") * tile + number
+    place = jnp.where(chunks < num_groups, place, num_tiles * tile).reshape(-1)
     members = jnp.arange(len(place), dtype=jnp.int32)
-    member = jnp.full(most * _TILE, size, jnp.int32).at[place].set(members, mode="drop")
-    return member.reshape(most, _TILE), number_parts(num_tiles, most)[0]
+    member = jnp.full(num_tiles * tile, size, jnp.int32).at[place].set(members, mode="drop")
+    return member.reshape(num_tiles, tile), number_parts(count, num_tiles)[0]
 
 
 def number_parts(
@@ -229,9 +230,9 @@ def block_tiles(
       end: Row from which on a query does not see chosen blocks.
       num_keys: S.
     """
-    most = choice.shape[1]
-    member, block = gather_groups(choice.reshape(-1), len(begin))
-    query = member // most
+    num_queries, count = choice.shape
+    member, block = gather_groups(choice.reshape(-1), len(begin), num_queries)
+    query = member // count
     key = begin.at[block].get(mode="fill", fill_value=num_keys)[:, None]
     key += jnp.arange(size, dtype=jnp.int32)
     end = end.at[query].get(mode="fill", fill_value=0)
@@ -252,7 +253,9 @@ class Buckets(NamedTuple):
     end: Int[Array, "n R"]
 
 
-def bucket_tiles(queries: Buckets, keys: Buckets, num_buckets: int, most: int) -> list[Tiles]:
+def bucket_tiles(
+    queries: Buckets, keys: Buckets, num_buckets: int, most: int, span: int
+) -> list[Tiles]:
     """Tiles of the keys in queries' buckets, for every round; what several rounds find, the first.
 
     Args:
@@ -260,12 +263,13 @@ def bucket_tiles(queries: Buckets, keys: Buckets, num_buckets: int, most: int) -
       keys: Of keys.
       num_buckets: Of a round.
       most: The most keys of a bucket that a query sees.
+      span: The most keys of all buckets from the first query's `end` up to the last one's.
     """
     num_keys, rounds = keys.bucket.shape
     num_queries = len(queries.bucket)
     parts = []
     for i in range(rounds):
-        query, bucket = gather_groups(queries.bucket[:, i], num_buckets)
+        query, bucket = gather_groups(queries.bucket[:, i], num_buckets, num_queries)
         valid = query < num_queries
         # Rows of the keys, bucket by bucket.
         is_in = keys.bucket[:, i, None] == jnp.arange(num_buckets)
@@ -279,9 +283,9 @@ def bucket_tiles(queries: Buckets, keys: Buckets, num_buckets: int, most: int) -
         lowest = jnp.where(valid, first, num_keys).min(axis=1)
         highest = jnp.where(valid, end, 0).max(axis=1)
         width = jnp.maximum(highest - lowest, 0)
-        # The queries of tiles of one bucket lie one after the other, and what lies between the
-        # first and the last of a tile adds up to no more than all keys.
-        num_tiles = len(query) * (-(-most // _TILE) + 1) + num_keys // _TILE
+        # A tile's keys are the most that its first query sees, and those up to the end of its last
+        # one. The latter differ between tiles, as queries of one bucket lie one after the other.
+        num_tiles = len(query) * (-(-most // _TILE) + 1) + min(span, num_keys) // _TILE
         tile, number = number_parts(-(-width // _TILE), num_tiles)
         lowest, highest, before = (
             x.at[tile].get(mode="clip")[:, None] for x in (lowest, highest, before)
