@@ -34,7 +34,7 @@ def dense_attention(
     """Causal attention over the whole document; shapes and dtypes as `sparsek_attention`."""
     start, _ = document_bounds(segment_ids, *query.shape[:2])
     packed = segment_ids is not None
-    return by_platform(
+    return _by_platform(
         functools.partial(_dense_chunks, "cudnn") if packed else functools.partial(_fused, None),
         functools.partial(_dense_chunks, "xla"),
         query,
@@ -59,7 +59,7 @@ def window_attention(
     start = jnp.maximum(start, jnp.arange(length) - sliding_window + 1)
     chunks = functools.partial(_window_chunks, sliding_window)
     packed = segment_ids is not None
-    return by_platform(
+    return _by_platform(
         functools.partial(chunks, "cudnn") if packed else functools.partial(_fused, sliding_window),
         functools.partial(chunks, "xla"),
         query,
@@ -115,7 +115,7 @@ def over_query_chunks(
     return jax.tree.map(lambda x: join_chunks(x)[:, :length], outs)
 
 
-def by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
+def _by_platform(cuda: Callable, default: Callable, *arguments: Array) -> Array:
     """Calls `cuda` where that is lowered for CUDA and cuDNN takes the arguments, else `default`."""
     if arguments[0].dtype not in (jnp.bfloat16, jnp.float16):
         return default(*arguments)

@@ -20,7 +20,8 @@ from sparsek_jax.ops.products import einsum_f32
 
 _TILE = 64  # queries
 _ALIGNED = 16  # keys, for products of matrices
-_PAIRS = 1 << 27  # of a query and a key, whose logits are in memory at a time
+# Of a query and a key, whose logits are in memory at a time; of one row and KV head always all.
+_PAIRS = 1 << 27
 
 
 class Tiles(NamedTuple):
@@ -30,7 +31,7 @@ class Tiles(NamedTuple):
 
     Attributes:
       query: Numbers of a tile's queries; Q, the number of all, where there is none.
-      key: Rows of its keys; S, the number of all, where there is none.
+      key: Rows of its keys; S, the number of all, or more where there is none.
       seen: Which of the keys each of the queries sees.
     """
 
