@@ -6,11 +6,13 @@ are lists of row numbers, made anew for every row of the batch and KV head: what
 depend on the query, as long as many queries see the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
@@ -22,6 +24,7 @@ _TILE = 64  # queries
 _ALIGNED = 16  # keys, for products of matrices
 # Of a query and a key, whose logits are in memory at a time; of one row and KV head always all.
 _PAIRS = 1 << 27
+_SUMS = ("largest", "total", "out")  # over tiles, of which the gradient does not make them again
 
 
 class Tiles(NamedTuple):
@@ -66,7 +69,7 @@ def attend_in_tiles(
     by_head = query.reshape(batch, num_queries, num_kv_heads, -1, head_dim)
     arrays = (jnp.swapaxes(by_head, 1, 2), jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*_SUMS))
     def attend_one(tables, query, key, value):
         flat = query.reshape(-1, head_dim)
         return _attend(flat, key, value, make_tiles(tables)).reshape(query.shape)
@@ -109,18 +112,22 @@ def _attend(
 
     def logits(tiles):
         products = einsum_f32("nqh,nsh->nqs", rows(query, tiles.query), rows(key, tiles.key))
-        return jnp.where(tiles.seen, products * query.shape[-1] ** -0.5, -jnp.inf)
+        # In form not a constant, of which the loop's gradient would keep a copy for every pair.
+        unseen = tiles.query[0, 0] * 0.0 - jnp.inf
+        return jnp.where(tiles.seen, products * query.shape[-1] ** -0.5, unseen)
 
     parts = [(tiles, logits(tiles)) for tiles in parts]
     largest = jnp.full(query.shape[:1], -jnp.inf)
     for tiles, x in parts:
         largest = largest.at[tiles.query].max(jax.lax.stop_gradient(x).max(axis=-1), mode="drop")
+    largest = checkpoint_name(largest, "largest")
     total, out = jnp.zeros(query.shape[:1]), jnp.zeros(query.shape)
     for tiles, x in parts:
         weights = jnp.exp(x - rows(largest, tiles.query, jnp.float32)[..., None])
         total = total.at[tiles.query].add(weights.sum(axis=-1), mode="drop")
         seen = einsum_f32("nqs,nsh->nqh", weights.astype(dtype), rows(value, tiles.key))
         out = out.at[tiles.query].add(seen, mode="drop")
+    total, out = checkpoint_name(total, "total"), checkpoint_name(out, "out")
     return (out / total[:, None]).astype(dtype)
 
 
@@ -176,7 +183,10 @@ def gather_groups(
     chunks = chunks.reshape(-1, chunk_size)
 
     def count_chunk(chunk):
-        number = jnp.sum(jnp.tril(chunk[:, None] == chunk, -1), axis=1, dtype=jnp.int32)
+        first = chunk * chunk_size
+        place = first + jnp.arange(chunk_size, dtype=jnp.int32)
+        is_earlier = (first[:, None] <= place) & (place < place[:, None])
+        number = jnp.sum(is_earlier, axis=1, dtype=jnp.int32)
         is_in = chunk[:, None] == jnp.arange(num_groups, dtype=jnp.int32)
         return number, jnp.sum(is_in, axis=0, dtype=jnp.int32)
 
