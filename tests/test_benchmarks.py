@@ -46,3 +46,12 @@ def test_scaling_times_each_length():
         (mode, length) for mode in ("forward", "forward+backward") for length in (96, 192)
     ]
     assert all(x["ms"] > 0 for x in records)
+
+
+def test_kinds_times_each_kind():
+    sizes = ("--length=48", "--batch=1", "--d_model=16", "--heads=2", "--kv_heads=1")
+    sizes += ("--head_dim=8", "--num_selected=8", "--sliding_window=8", "--block_size=4")
+    out = run("kinds", *sizes, "--dtype=float32", "--kind=window", "--kind=moba")
+    rows = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [row["kind"] for row in rows] == ["window", "moba"]
+    assert all(row["ms"] > 0 and row["temporary_MiB"] > 0 for row in rows)

@@ -176,7 +176,7 @@ def gather_groups(
       for a tile of none.
     """
     (size,) = group.shape
-    tile = min(_TILE, most)
+    tile = min(_tile_size(size // num_groups), most)
     # Counting spares a GPU a sort. With as many members as groups in a chunk, its memory is linear.
     chunk_size = max(num_groups, _TILE)
     chunks = jnp.pad(group, (0, -size % chunk_size), constant_values=num_groups)
@@ -203,6 +203,11 @@ def gather_groups(
     members = jnp.arange(len(place), dtype=jnp.int32)
     member = jnp.full(num_tiles * tile, size, jnp.int32).at[place].set(members, mode="drop")
     return member.reshape(num_tiles, tile), number_parts(count, num_tiles)[0]
+
+
+def _tile_size(count: int) -> int:
+    """How many to put into a tile of groups that have so many each, about."""
+    return min(_TILE, max(1 << count.bit_length(), 8))
 
 
 def number_parts(
@@ -278,6 +283,7 @@ def bucket_tiles(
     """
     num_keys, rounds = keys.bucket.shape
     num_queries = len(queries.bucket)
+    size = _tile_size(most - 1)
     parts = []
     for i in range(rounds):
         query, bucket = gather_groups(queries.bucket[:, i], num_buckets, num_queries)
@@ -296,12 +302,12 @@ def bucket_tiles(
         width = jnp.maximum(highest - lowest, 0)
         # A tile's keys are the most that its first query sees, and those up to the end of its last
         # one. The latter differ between tiles, as queries of one bucket lie one after the other.
-        num_tiles = len(query) * (-(-most // _TILE) + 1) + min(span, num_keys) // _TILE
-        tile, number = number_parts(-(-width // _TILE), num_tiles)
+        num_tiles = len(query) * (-(-most // size) + 1) + min(span, num_keys) // size
+        tile, number = number_parts(-(-width // size), num_tiles)
         lowest, highest, before = (
             x.at[tile].get(mode="clip")[:, None] for x in (lowest, highest, before)
         )
-        place = lowest + number[:, None] * _TILE + jnp.arange(_TILE, dtype=jnp.int32)
+        place = lowest + number[:, None] * size + jnp.arange(size, dtype=jnp.int32)
         exists = (place < highest) & (tile < len(bucket))[:, None]
         key = jnp.where(exists, order.at[before + place].get(mode="clip"), num_keys)
         query = query.at[tile].get(mode="fill", fill_value=num_queries)
