@@ -401,8 +401,9 @@ class SelectiveAttention(Attention):
         value: Float[Array, "B T K H"],
         scores: Float32[Array, "B T K"],
         segment_ids: Int[Array, "B T"] | None,
+        **options: bool,
     ) -> Float[Array, "B T N H"]:
-        """Returns attention output `[B, T, N, H]` by scores `[B, T, K or 1]`."""
+        """Returns what `sparsek_attention` does with these options, by scores `[B, T, K or 1]`."""
         return sparsek_attention(
             query,
             key,
@@ -413,6 +414,7 @@ class SelectiveAttention(Attention):
             gating=self.gating,
             segment_ids=segment_ids,
             implementation=self.config.implementation,
+            **options,
         )
 
     def mix_next(self, x, query, key, value, cache, positions, num_tokens, layer):

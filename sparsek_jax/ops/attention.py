@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.checks import check_array, is_finite_number
 from sparsek_jax.ops.gating import Gating, check_gating
 from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu, unsupported
 from sparsek_jax.ops.reference import sparsek_attention_reference
-from sparsek_jax.ops.selection import check_selection_arguments
+from sparsek_jax.ops.selection import causal_selection, check_selection_arguments
 from sparsek_jax.ops.tracing import computed_once
 from sparsek_jax.ops.xla import sparsek_attention_xla
 
@@ -39,7 +39,8 @@ def sparsek_attention(
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "B T N H"]:
+    return_until: bool = False,
+) -> Float[Array, "B T N H"] | tuple[Float[Array, "B T N H"], Int32[Array, "B T S"]]:
     """Causal attention over a sliding window and k keys that a learned score selects.
 
     SparseK attention, arXiv 2406.16747.
@@ -71,10 +72,14 @@ def sparsek_attention(
         for NVIDIA Hopper GPUs: bfloat16 or float16, H at most 128; split over several devices only
         inside `shard_map`), "reference" (dense, for checking), or None for the best one that JAX's
         default device and the call allow.
+      return_until: Also return which query drops each key.
 
     Returns:
       The attention output, shape and dtype of query. Where a query's pool contains a NaN or
-      infinite score, NaN.
+      infinite score, NaN. With `return_until` also, int32 and of the shape of scores, the first
+      query that does not attend to each key any more, the end of its document if there is none. Of
+      a key that is still attended to when a NaN or infinite score enters the pool, this may be any
+      query from there on.
 
     Raises:
       TypeError: An array has the wrong dtype, or is no array, or `num_selected` or
@@ -92,7 +97,15 @@ def sparsek_attention(
     if name == "mosaic_gpu" and at_once and (reason := unsupported(query) or no_kernels(query)):
         raise NotImplementedError(f"implementation={name!r}: {reason}")
     if query.size == 0:
-        return query
+        if not return_until:
+            return query
+        selection = causal_selection(
+            scores,
+            num_selected=num_selected,
+            sliding_window=sliding_window,
+            segment_ids=segment_ids,
+        )
+        return query, selection.lifetimes.until
     length = query.shape[1]
     return _attention(
         query,
@@ -105,6 +118,7 @@ def sparsek_attention(
         sliding_window=min(sliding_window, length),
         gating=gating,
         scale=1 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        return_until=return_until,
     )
 
 
@@ -146,14 +160,22 @@ def _say_once(reason: str) -> None:
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
 @functools.partial(
     jax.jit,
-    static_argnames=("implementation", "num_selected", "sliding_window", "gating", "scale"),
+    static_argnames=(
+        "implementation",
+        "num_selected",
+        "sliding_window",
+        "gating",
+        "scale",
+        "return_until",
+    ),
 )
-def _attention(query, key, value, scores, segment_ids, *, implementation, **settings):
+def _attention(query, key, value, scores, segment_ids, *, implementation, return_until, **settings):
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
     # An infinite score has no finite threshold: as loud as a NaN in every implementation.
     scores = computed_once(jnp.where(jnp.isinf(scores), jnp.nan, scores))
     attend = _IMPLEMENTATIONS[implementation]
-    return attend(query, key, value, scores, segment_ids=segment_ids, **settings)
+    out, until = attend(query, key, value, scores, segment_ids=segment_ids, **settings)
+    return (out, until) if return_until else out
 
 
 def check_implementation(implementation: Any) -> None:

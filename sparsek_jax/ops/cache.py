@@ -36,7 +36,7 @@ from sparsek_jax.ops.gating import (
 from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.ring import ages, rows_in_order
-from sparsek_jax.ops.selection import causal_selection, document_bounds
+from sparsek_jax.ops.selection import document_bounds
 from sparsek_jax.ops.tracing import computed_once
 
 # The search for tau narrows its bracket, of width one, by the factor `_SECTIONS` in every round:
@@ -427,7 +427,7 @@ def _extend_by_many(
     k, w = cache.num_selected, cache.sliding_window
     sequence = _with_past(cache, key, value, scores, num_tokens)
     past_size = sequence.score.shape[2] - query.shape[1]
-    out = sparsek_attention(
+    out, until = sparsek_attention(
         jnp.pad(query, ((0, 0), (past_size, 0), (0, 0), (0, 0))),
         *(jnp.swapaxes(x, 1, 2) for x in (sequence.key, sequence.value, sequence.score)),
         num_selected=k,
@@ -436,7 +436,9 @@ def _extend_by_many(
         scale=scale,
         segment_ids=sequence.exists.astype(jnp.int32),
         implementation=implementation,
-    )[:, past_size:]
+        return_until=True,
+    )
+    out = out[:, past_size:]
     appended = np.arange(query.shape[1]) < num_tokens[:, None]
     out = _where(appended, out, jnp.zeros_like(out))
     extended = _remembered(cache, sequence, past_size, num_tokens)
@@ -444,22 +446,16 @@ def _extend_by_many(
     extended = jax.tree.map(lambda x, y: _where(num_tokens > 0, x, y), extended, cache)
     dropped = None
     if return_dropped:
-        dropped = _dropped_by_many(cache, sequence, past_size, num_tokens)
+        dropped = _dropped_by_many(sequence, until, past_size, num_tokens)
     return extended, out, dropped
 
 
-def _dropped_by_many(cache, sequence, past_size, num_tokens):
+def _dropped_by_many(sequence, until, past_size, num_tokens):
     segment_ids = sequence.exists.astype(jnp.int32)
-    selection = causal_selection(
-        jnp.swapaxes(sequence.score, 1, 2),
-        num_selected=cache.num_selected,
-        sliding_window=cache.sliding_window,
-        segment_ids=segment_ids,
-    )
     _, end = document_bounds(segment_ids, *segment_ids.shape)
-    row = dropped_keys(selection.lifetimes.until, end)[:, past_size:]
+    row = dropped_keys(until, end)[:, past_size:]
     appended = np.arange(row.shape[1]) < num_tokens[:, None]
-    exists = appended[..., None] & (row < segment_ids.shape[1])
+    exists = appended[..., None] & (row < until.shape[1])
     row = jnp.swapaxes(row, 1, 2)
     rows = (_rows_or_zero(x, _for_heads(x, row)) for x in (sequence.key, sequence.value))
     return _dropped(*rows, jnp.swapaxes(exists, 1, 2))

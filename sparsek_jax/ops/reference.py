@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from sparsek_jax.ops.gating import Gating, gated_logits, gates_sum, least_gate
 from sparsek_jax.ops.projection import sparsek
@@ -20,8 +20,8 @@ def sparsek_attention_reference(
     gating: Gating,
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
-) -> Float[Array, "B T N H"]:
-    """`sparsek_attention` over whole rows; arguments as there, already checked.
+) -> tuple[Float[Array, "B T N H"], Int32[Array, "B T S"]]:
+    """`sparsek_attention` over whole rows, and `until`; arguments as there, already checked.
 
     Takes O(T^2) time and memory. Computes in float32 or wider.
     """
@@ -42,7 +42,11 @@ def sparsek_attention_reference(
     selected = pool[:, None] & (rank < num_selected)
     gate = jnp.maximum(gate, least_gate(gating))
     gate = jnp.where(selected, gate, jnp.where(window[:, None], 1.0, 0.0))[:, :, None]
-    attended = (selected | window[:, None])[:, :, None]
+    attended = selected | window[:, None]
+    # The queries that attend to a key are one run, from its own on.
+    until = jnp.arange(length, dtype=jnp.int32) + jnp.sum(attended, axis=2, dtype=jnp.int32)
+    until = jnp.swapaxes(until, 1, 2)[..., : scores.shape[2]]
+    attended = attended[:, :, None]
 
     grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
     with jax.default_matmul_precision("highest"):
@@ -54,7 +58,7 @@ def sparsek_attention_reference(
         # A query whose pool holds a NaN must not spread it to keys that it does not attend to.
         weights = jnp.where(attended, weights, 0.0)
         out = jnp.einsum("bkgts,bskh->btkgh", weights, value.astype(dtype))
-    return out.reshape(query.shape).astype(query.dtype)
+    return out.reshape(query.shape).astype(query.dtype), until
 
 
 def pool_and_window(

@@ -40,14 +40,15 @@ def sparsek_attention_xla(
     gating: Gating,
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
-) -> Float[Array, "B T N H"]:
-    """`sparsek_attention` in chunks; arguments as there, already checked."""
+) -> tuple[Float[Array, "B T N H"], Int32[Array, "B T S"]]:
+    """`sparsek_attention` in chunks, and `until`; arguments as there, already checked."""
     batch, length, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[2]
     scores = scores.astype(jnp.float32)
     selection = causal_selection(
         scores, num_selected=num_selected, sliding_window=sliding_window, segment_ids=segment_ids
     )
+    until = selection.lifetimes.until
     if scores.shape[2] != num_kv_heads:
         scores, selection = jax.tree.map(
             lambda x: jnp.broadcast_to(x, (*x.shape[:2], num_kv_heads, *x.shape[3:])),
@@ -60,7 +61,7 @@ def sparsek_attention_xla(
     # Under `shard_map` an argument may be replicated where another is split, such as shared scores
     # next to heads. Its gradient is then a sum over devices, which this cast's transpose takes.
     arrays = jax.tree.map(lambda x: varying_like(x, *jax.tree.leaves(arrays)), arrays)
-    return _attend(settings, *arrays).reshape(query.shape)
+    return _attend(settings, *arrays).reshape(query.shape), until
 
 
 class _Settings(NamedTuple):

@@ -20,6 +20,7 @@ from sparsek_jax.nn import (
     StridedAttention,
 )
 from sparsek_jax.nn.alternatives import LAYERS
+from sparsek_jax.nn.alternatives.selection import uniform_numbers
 from sparsek_jax.nn.config import KINDS, KINDS_WITH_PARAMETERS, has_scorer
 from tests.nn.masks import assert_close, masked, with_gradients
 from tests.ops.oracle import document_starts
@@ -131,6 +132,10 @@ def test_random_numbers_depend_on_layer_head_and_position_only():
     with jax.default_prng_impl("rbg"):
         again = make(RandomAttention).importance(jnp.zeros((1, 1, 2, 5)), jnp.array([[6]]), 1)
     np.testing.assert_array_equal(again[0, 0], drawn[1, 6])
+    with jax.enable_x64(True):
+        again = uniform_numbers(1, jnp.array([6]), num_heads=2)
+    assert again.dtype == jnp.float32
+    np.testing.assert_array_equal(again[0], drawn[1, 6])
 
 
 def parameters(layer, *arguments):

@@ -109,6 +109,9 @@ def test_no_tokens(kind):
                 assert (scores.shape, scores.dtype) == ((*x.shape[:2], 2), full.dtype)
         gradients = nnx.grad(lambda layer, x: layer(x).sum(), argnums=(0, 1))(layer, x)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
+        cache = layer.init_cache(len(x), max_length=17)
+        cache, out = layer.extend(x, cache, jnp.zeros(len(x), jnp.int32))
+        assert (out.shape, out.dtype) == (x.shape, x.dtype)
 
 
 def test_shared_scores_of_no_tokens():

@@ -157,6 +157,10 @@ def test_rotations_depend_on_layer_head_and_round_only():
     assert len(np.unique(drawn)) == drawn.size
     with jax.default_prng_impl("rbg"):
         np.testing.assert_array_equal(random_rotations(1, 2, 5), drawn[1])
+    with jax.enable_x64(True):
+        again = random_rotations(1, 2, 5)
+    assert again.dtype == jnp.float32
+    np.testing.assert_array_equal(again, drawn[1])
     # Which must not change: a model was trained with them.
     np.testing.assert_allclose(drawn[1, 0, 0, 0, :2], [-2.442456, -2.035681], atol=1e-5)
     # Of equal products the first: a zero is in bucket 0.

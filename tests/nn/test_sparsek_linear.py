@@ -138,6 +138,54 @@ def test_without_dropped_keys_it_is_sparsek_to_the_bit():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def num_sorts(jaxpr):
+    """Of a program and all that it consists of."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "sort"
+        for x in jax.tree.leaves(equation.params):
+            inner = getattr(x, "jaxpr", x)
+            count += num_sorts(inner) if hasattr(inner, "eqns") else 0
+    return count
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_gpu"])
+def test_selects_once(implementation):
+    """It sorts no more often than SparseK."""
+    config = dataclasses.replace(CONFIG, implementation=implementation)
+
+    def sorts(kind):
+        graphdef, params = nnx.split(kind(config, 8, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+        def loss(params, x):
+            return nnx.merge(graphdef, params)(x, segment_ids=jnp.asarray(IDS)).sum()
+
+        x = jnp.zeros((2, LENGTH, 8), jnp.bfloat16)
+        return num_sorts(jax.make_jaxpr(jax.value_and_grad(loss))(params, x).jaxpr)
+
+    assert sorts(SparseKLinearAttention) == sorts(SparseKAttention) > 0
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_nan_score_reaches_its_document_s_later_queries_only(implementation):
+    layer = SparseKLinearAttention(
+        dataclasses.replace(CONFIG, implementation=implementation), 8, rngs=nnx.Rngs(0)
+    )
+    attend = jax.jit(lambda *arrays: layer.attend(*arrays, jnp.asarray(IDS)))
+    rng = np.random.default_rng(0)
+    shapes = [(2, LENGTH, heads, 5) for heads in (6, 2, 2)] + [(2, LENGTH, 2)]
+    *arrays, scores = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    clean = attend(*arrays, scores)
+    scores[1, 5, 0] = np.nan
+    out, linear = attend(*arrays, scores)
+    # The key enters the pool at 8, and the document ends at 30; three query heads share its head.
+    reached = np.zeros((2, LENGTH, 6), bool)
+    reached[1, 8:30, :3] = True
+    assert np.isnan(out[reached]).all()
+    for found, expected in zip((out, linear), clean, strict=True):
+        np.testing.assert_array_equal(found[~reached], expected[~reached])
+
+
 def test_memory_is_linear_in_length():
     """Of what comes to SparseK's, which has a test of its own."""
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsek_jax import sparsek_attention
+from sparsek_jax import causal_selection, sparsek_attention
 from sparsek_jax.ops.gating import GATINGS
 from tests.ops import oracle
 
@@ -245,6 +245,43 @@ def test_documents_do_not_feel_each_other_s_cotangents(implementation):
         np.testing.assert_allclose(x[:, 40:], y[:, 40:], rtol=1e-5, atol=1e-6)
     d_scores = gradients(d_out.at[:, 30].set(jnp.nan))[3]
     np.testing.assert_allclose(d_scores[:, 40:], clean[3][:, 40:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "case",
+    [CASES[0], CASES[3], Case(2, 2, 32, 70, 6, 5, shared=True), CASES[7], LONG_CASES[2]],
+    ids=str,
+)
+def test_tells_which_query_drops_each_key(case, implementation):
+    *arrays, _, segment_ids = make_inputs(case, dtype_of(implementation))
+    settings = {
+        "num_selected": case.k,
+        "sliding_window": case.window,
+        "segment_ids": segment_ids,
+    }
+    attend = functools.partial(
+        sparsek_attention, *arrays, **settings, implementation=implementation
+    )
+    out, until = attend(return_until=True)
+    np.testing.assert_array_equal(out, attend())
+    selection = causal_selection(arrays[3], **settings)
+    assert until.dtype == jnp.int32
+    np.testing.assert_array_equal(until, selection.lifetimes.until)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)])
+def test_a_query_of_nothing(shape):
+    batch, length, _, size = shape
+    query, key = jnp.ones(shape), jnp.ones((batch, length, 2, size))
+    scores = jnp.ones((batch, length, 2))
+    out, until = sparsek_attention(
+        query, key, key, scores, num_selected=1, sliding_window=1, return_until=True
+    )
+    assert out.shape == shape
+    # Of equal scores the first one is kept.
+    expected = jnp.array([3, 2, 3])[:length, None]
+    np.testing.assert_array_equal(until, jnp.broadcast_to(expected, scores.shape))
 
 
 @pytest.mark.parametrize("implementation", ["xla", KERNELS])

@@ -19,9 +19,8 @@ def random_rotations(
     layer: int | Int[Array, ""], num_kv_heads: int, head_dim: int
 ) -> Float32[Array, "K R H M"]:
     """Directions, of a KV head and round, that with their opposites stand for the 2 M buckets."""
-    return jax.random.normal(
-        layer_rng(layer), (num_kv_heads, LSH_ROUNDS, head_dim, LSH_BUCKETS // 2)
-    )
+    shape = (num_kv_heads, LSH_ROUNDS, head_dim, LSH_BUCKETS // 2)
+    return jax.random.normal(layer_rng(layer), shape, jnp.float32)
 
 
 def hash_buckets(

@@ -32,7 +32,8 @@ def uniform_numbers(
     rng = layer_rng(layer)
 
     def draw(*index):
-        return jax.random.uniform(functools.reduce(jax.random.fold_in, index, rng), (num_heads,))
+        rng_of_index = functools.reduce(jax.random.fold_in, index, rng)
+        return jax.random.uniform(rng_of_index, (num_heads,), jnp.float32)
 
     scalars = ",".join("()" for _ in indices)
     return jnp.vectorize(draw, signature=f"{scalars}->(k)")(*indices)

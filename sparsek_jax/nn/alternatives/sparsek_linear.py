@@ -12,8 +12,8 @@ from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.lifetimes import dropped_keys
 from sparsek_jax.ops.products import einsum_f32
-from sparsek_jax.ops.selection import causal_selection, document_bounds
-from sparsek_jax.ops.tracing import computed_once, varying_like
+from sparsek_jax.ops.selection import document_bounds
+from sparsek_jax.ops.tracing import varying_like
 
 # Tokens of a chunk, whose pairs are in memory one chunk at a time.
 _CHUNK = 256
@@ -61,18 +61,10 @@ class SparseKLinearAttention(SparseKAttention):
 
     def attend(self, query, key, value, scores, segment_ids):
         """Returns the outputs of SparseK and of linear attention, both `[B, T, N, H]`."""
-        # Both must select the same keys.
-        scores = computed_once(scores)
-        out = super().attend(query, key, value, scores, segment_ids)
-        selection = causal_selection(
-            jax.lax.stop_gradient(scores),
-            num_selected=self.config.num_selected,
-            sliding_window=self.config.sliding_window,
-            segment_ids=segment_ids,
-        )
+        out, until = super().attend(query, key, value, scores, segment_ids, return_until=True)
         batch, length, num_kv_heads, head_dim = key.shape
         start, end = document_bounds(segment_ids, batch, length)
-        index = dropped_keys(selection.lifetimes.until, end)
+        index = dropped_keys(until, end)
         index = varying_like(jnp.broadcast_to(index, key.shape[:3]), key)
         key, value = (rows_or_zero(array, index) for array in (key, value))
         state = jnp.zeros((batch, num_kv_heads, head_dim, head_dim + 1))

@@ -4,7 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.block_config import KernelConfigs, tuned
 from sparsek_jax.ops.mosaic_gpu.by_key import key_backward
@@ -29,8 +29,8 @@ def sparsek_attention_mosaic_gpu(
     scale: float,
     segment_ids: Int[Array, "B T"] | None,
     configs: KernelConfigs | None = None,
-) -> Float[Array, "B T N H"]:
-    """`sparsek_attention` by GPU kernels; arguments as there, already checked.
+) -> tuple[Float[Array, "B T N H"], Int32[Array, "B T S"]]:
+    """`sparsek_attention` by GPU kernels, and `until`; arguments as there, already checked.
 
     `configs` are tile sizes, None the tuned ones.
 
@@ -42,7 +42,7 @@ def sparsek_attention_mosaic_gpu(
     selection = select_for_kernels(
         scores, segment_ids, num_selected=num_selected, sliding_window=sliding_window
     )
-    return attend_selected(
+    out = attend_selected(
         query,
         key,
         value,
@@ -55,6 +55,7 @@ def sparsek_attention_mosaic_gpu(
         packed=segment_ids is not None,
         configs=configs,
     )
+    return out, selection.lifetimes.until
 
 
 def select_for_kernels(
