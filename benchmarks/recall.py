@@ -9,18 +9,16 @@ as results.json and results.png. `--jobs` runs share the devices; times mean not
 `--notrain` reports what there is.
 """
 
-import concurrent.futures
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from benchmarks.jobs import Job, program, run_jobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +45,13 @@ class Arm:
 
     def short_command(self, workdir, seed):
         """Of train.py."""
-        return _command("configs/recall.py", workdir, {**self.fields, "seed": seed})
+        return program("train.py", "configs/recall.py", workdir, {**self.fields, "seed": seed})
 
     def command(self, start, workdir, seed):
         """Of train.py, from the run on short rows in `start`."""
         pattern = {"attention.pattern": ("window", self.kind)}
         fields = {**pattern, **self.fields, **self.long_fields, "seed": seed}
-        return _command(f"configs/recall.py:{start}", workdir, fields)
-
-
-def _command(config, workdir, fields):
-    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
-    return [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *overrides]
+        return program("train.py", f"configs/recall.py:{start}", workdir, fields)
 
 
 def _attention(**fields):
@@ -127,24 +120,8 @@ def last_accuracy(workdir):
     return (curve[steps], sorted(curve.items())) if steps in curve else None
 
 
-def _train(command, workdir):
-    """Runs train.py unless that is done; the output goes to train.log."""
-    if last_accuracy(workdir) is not None:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ)
-    if _JOBS.value > 1:
-        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    with (workdir / "train.log").open("w") as log:
-        result = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
-    if result.returncode:
-        print(f"{' '.join(command)}: exit status {result.returncode}, see {workdir}/train.log")
-
-
-def _all(tasks):
-    """Runs tasks (command, workdir), as many at a time as `--jobs` says."""
-    with concurrent.futures.ThreadPoolExecutor(_JOBS.value) as pool:
-        list(pool.map(lambda task: _train(*task), tasks))
+def _job(command, workdir):
+    return Job([command], workdir / "train.log", lambda: last_accuracy(workdir) is not None)
 
 
 def _picture(rows, path):
@@ -184,13 +161,15 @@ def main(_):
 
     starts = {short(arm, seed): (arm, seed) for _, arm, seed in runs}
     if _TRAIN.value:
-        _all([(arm.short_command(path, seed), path) for path, (arm, seed) in starts.items()])
-        _all(
-            [
-                (arm.command(short(arm, seed), place(name, seed), seed), place(name, seed))
-                for name, arm, seed in runs
-            ]
-        )
+        short_jobs = [
+            _job(arm.short_command(path, seed), path) for path, (arm, seed) in starts.items()
+        ]
+        jobs = [
+            _job(arm.command(short(arm, seed), place(name, seed), seed), place(name, seed))
+            for name, arm, seed in runs
+        ]
+        for each in (short_jobs, jobs):
+            run_jobs(each, _JOBS.value)
     found = {
         name: [last_accuracy(place(name, seed)) for seed in range(_SEEDS.value)]
         for name in _ARMS.value

@@ -12,13 +12,9 @@ layer attends to 2,304 selected keys, the first four of the document among them,
 128, the others to that window alone: 512 keys a layer on average. Every head learns how fast it
 forgets; gates multiply values alone. All of it was chosen by what was measured (docs/results.md).
 
-Others of the same budget are trained on the same rows, in every layer, by --config.attention and
-
-    .pattern='()' .num_selected=256 .sliding_window=256                 (SparseK)
-    .pattern='()' .kind=dense
-    .pattern='()' .kind=window .sliding_window=512
-    .pattern='()' .kind=sinks .num_selected=4 .sliding_window=508
-    .pattern='()' .kind=random .num_selected=256 .sliding_window=256 .num_sinks=0
+Others of the same budget are the arms of `python -m benchmarks.long_code`, such as SparseK in every
+layer, by --config.attention and .pattern='()' .num_selected=256 .sliding_window=256 .gating=soft, or
+dense attention, by .pattern='()' .kind=dense.
 
 Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Longer contexts than in
 training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1.

@@ -1,0 +1,74 @@
+"""Programs run side by side, each with its output in a file, as studies of many runs need them."""
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Programs that run one after the other.
+
+    Attributes:
+      commands: With their arguments; what follows one that fails is not run.
+      log: File for what they print.
+      is_done: Whether they have run to their end.
+    """
+
+    commands: Sequence[Sequence[str]]
+    log: pathlib.Path
+    is_done: Callable[[], bool]
+
+
+def program(
+    script: str, config: str, workdir: pathlib.Path | str, fields: Mapping[str, object]
+) -> list[str]:
+    """A call of train.py or eval.py with some fields of the configuration."""
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *overrides]
+
+
+def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> None:
+    """Runs jobs that are not done, in order, and says which fail.
+
+    Args:
+      jobs: What to run.
+      at_a_time: How many at a time; if there are `gpus`, on each.
+      gpus: Numbers of GPUs, of which every job sees one; none: every job sees all devices.
+    """
+    places = queue.SimpleQueue()
+    for _ in range(at_a_time):
+        for gpu in gpus or [None]:
+            places.put(gpu)
+
+    def run(job):
+        if job.is_done():
+            return
+        gpu = places.get()
+        try:
+            _run(job, gpu, shares=at_a_time > 1)
+        finally:
+            places.put(gpu)
+
+    with concurrent.futures.ThreadPoolExecutor(places.qsize()) as pool:
+        list(pool.map(run, jobs))
+
+
+def _run(job, gpu, shares):
+    environment = dict(os.environ)
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    if shares:
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("w") as log:
+        for command in job.commands:
+            result = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
+            if result.returncode:
+                print(f"{' '.join(command)}: exit status {result.returncode}, see {job.log}")
+                return
