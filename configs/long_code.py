@@ -13,8 +13,11 @@ layer attends to 2,304 selected keys, the first four of the document among them,
 forgets; gates multiply values alone. All of it was chosen by what was measured (docs/results.md).
 
 Others of the same budget are the arms of `python -m benchmarks.long_code`, such as SparseK in every
-layer, by --config.attention and .pattern='()' .num_selected=256 .sliding_window=256 .gating=soft, or
-dense attention, by .pattern='()' .kind=dense.
+layer, by --config.attention and
+
+    .pattern='()' .num_selected=256 .sliding_window=256 .gating=soft
+
+or dense attention, by .pattern='()' .kind=dense.
 
 Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Longer contexts than in
 training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1.
