@@ -33,8 +33,8 @@ def program(
     return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *overrides]
 
 
-def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> None:
-    """Runs jobs that are not done, in order, and says which fail.
+def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> bool:
+    """Runs jobs that are not done, in order, says which fail, and returns whether none did.
 
     Args:
       jobs: What to run.
@@ -48,15 +48,15 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> N
 
     def run(job):
         if job.is_done():
-            return
+            return True
         gpu = places.get()
         try:
-            _run(job, gpu, shares=at_a_time > 1)
+            return _run(job, gpu, shares=at_a_time > 1)
         finally:
             places.put(gpu)
 
     with concurrent.futures.ThreadPoolExecutor(places.qsize()) as pool:
-        list(pool.map(run, jobs))
+        return all(list(pool.map(run, jobs)))
 
 
 def _run(job, gpu, shares):
@@ -71,4 +71,5 @@ def _run(job, gpu, shares):
             result = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if result.returncode:
                 print(f"{' '.join(command)}: exit status {result.returncode}, see {job.log}")
-                return
+                return False
+    return True

@@ -155,7 +155,8 @@ def main(argv):
         start = pathlib.Path(_TO.value) / "short"
         train = program("train.py", _CONFIG, start, {"train.eval_every": 0} | _given())
         # Its last checkpoint is what arms start from; a run that has ended ends at once.
-        run_jobs([Job([train], start / "log.txt", lambda: False)], 1, _GPUS.value[:1])
+        if not run_jobs([Job([train], start / "log.txt", lambda: False)], 1, _GPUS.value[:1]):
+            raise SystemExit("nothing to start from")
         jobs = [_job(arm, seed, start) for seed in seeds for arm in _ARMS.value]
         run_jobs(jobs, _JOBS.value, _GPUS.value)
     _report(seeds)
