@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparsek_jax.nn.alternatives import tiles
-from sparsek_jax.nn.alternatives.tiles import Buckets
+from sparsek_jax.nn.alternatives.tiles import Hashed, Sought
 from tests.ops.oracle import document_starts
 
 TILE = 4
@@ -101,7 +101,6 @@ def test_chosen_blocks_are_seen_once_up_to_the_end(seed, sizes):
 def band_and_buckets(row, first, queries, keys, groups, window, most):
     num_keys = len(keys[0])
     band = tiles.band_tiles(row, first, groups, window - 1, num_keys)
-    queries, keys = Buckets(*queries), Buckets(*keys)
     return [band, *tiles.bucket_tiles(queries, keys, BUCKETS, most, len(row) + window)]
 
 
@@ -141,7 +140,7 @@ def test_bands_and_buckets_hold_every_key_once(seed, sizes, rare):
             seen |= set(older[-most:])
         expected |= {(query, key) for key in seen}
 
-    tables = (row, first, (of_query, oldest, end), (of_key, number, number + 1))
+    tables = (row, first, Sought(of_query, oldest, end), Hashed(of_key, number))
     tables = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), tables)
     parts = compiled(band_and_buckets, 4, 5, 6)(*tables, groups, window, most)
     assert pairs(parts, num_rows * groups, num_keys) == expected

@@ -10,7 +10,13 @@ from jaxtyping import Array, Float32, Int, Int32
 
 from sparsek_jax.nn.alternatives.blocks import RememberingAttention, by_kv_head
 from sparsek_jax.nn.alternatives.selection import layer_rng
-from sparsek_jax.nn.alternatives.tiles import Buckets, attend_in_tiles, band_tiles, bucket_tiles
+from sparsek_jax.nn.alternatives.tiles import (
+    Hashed,
+    Sought,
+    attend_in_tiles,
+    band_tiles,
+    bucket_tiles,
+)
 from sparsek_jax.nn.config import LSH_BUCKETS, LSH_ROUNDS
 from sparsek_jax.ops.products import einsum_f32
 
@@ -91,15 +97,13 @@ class LshAttention(RememberingAttention):
 
         def make_tiles(tables):
             queries, keys, row, local = tables
-            queries, keys = (
-                Buckets(*(x.reshape(-1, LSH_ROUNDS) for x in each)) for each in (queries, keys)
-            )
+            queries, keys = jax.tree.map(lambda x: x.reshape(-1, LSH_ROUNDS), (queries, keys))
             reach = config.sliding_window - 1
             band = band_tiles(row, local, groups, reach, num_keys)
             span = len(row) + config.sliding_window
             return [band, *bucket_tiles(queries, keys, LSH_BUCKETS, most, span)]
 
-        by_head = [(bucket, first, end), (key_bucket, number, number + 1)]
+        by_head = [Sought(bucket, first, end), Hashed(key_bucket, number)]
         by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), by_head)
         by_row = (
             jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))

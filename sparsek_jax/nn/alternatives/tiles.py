@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from sparsek_jax.nn.sharding import rows_and_heads
 from sparsek_jax.ops.products import einsum_f32
@@ -255,28 +255,40 @@ def block_tiles(
     return Tiles(query, key, key[:, None] < end[..., None])
 
 
-class Buckets(NamedTuple):
-    """What one query may see of the keys in its buckets, or which buckets a key is in.
+class Sought(NamedTuple):
+    """Which keys queries see in their buckets, counted in each from the first in the row.
 
     Attributes:
       bucket: In every round of hashing.
-      first: The first key of it that the query sees, or the key, counted from the first in the row.
+      first: The first key of it that a query sees.
       end: The key after the last one.
     """
 
-    bucket: Int[Array, "n R"]
-    first: Int[Array, "n R"]
-    end: Int[Array, "n R"]
+    bucket: Int32[Array, "Q R"]
+    first: Int32[Array, "Q R"]
+    end: Int32[Array, "Q R"]
+
+
+class Hashed(NamedTuple):
+    """Where keys are.
+
+    Attributes:
+      bucket: In every round of hashing.
+      number: Of the key in its bucket, counted from the first in the row.
+    """
+
+    bucket: Int32[Array, "S R"]
+    number: Int32[Array, "S R"]
 
 
 def bucket_tiles(
-    queries: Buckets, keys: Buckets, num_buckets: int, most: int, span: int
+    queries: Sought, keys: Hashed, num_buckets: int, most: int, span: int
 ) -> list[Tiles]:
     """Tiles of the keys in queries' buckets, for every round; what several rounds find, the first.
 
     Args:
       queries: What they see. Of those of one bucket, neither `first` nor `end` ever falls.
-      keys: Of keys.
+      keys: Where they are.
       num_buckets: Of a round.
       most: The most keys of a bucket that a query sees.
       span: The most keys of all buckets from the first query's `end` up to the last one's.
@@ -292,7 +304,7 @@ def bucket_tiles(
         is_in = keys.bucket[:, i, None] == jnp.arange(num_buckets)
         count = jnp.sum(is_in, axis=0, dtype=jnp.int32)
         before = jnp.cumsum(count) - count
-        place = before[keys.bucket[:, i]] + keys.first[:, i]
+        place = before[keys.bucket[:, i]] + keys.number[:, i]
         rows = jnp.arange(num_keys, dtype=jnp.int32)
         order = jnp.zeros(num_keys, jnp.int32).at[place].set(rows, unique_indices=True)
         before = before.at[bucket].get(mode="clip")
@@ -313,10 +325,10 @@ def bucket_tiles(
         query = query.at[tile].get(mode="fill", fill_value=num_queries)
 
         def finds(j, query=query, key=key):
-            of_query = [x[:, j].at[query].get(mode="clip")[:, :, None] for x in queries]
-            of_key = [x[:, j].at[key].get(mode="clip")[:, None] for x in keys]
-            same = of_query[0] == of_key[0]
-            return same & (of_query[1] <= of_key[1]) & (of_key[1] < of_query[2])
+            sought = Sought(*(x[:, j].at[query].get(mode="clip")[:, :, None] for x in queries))
+            hashed = Hashed(*(x[:, j].at[key].get(mode="clip")[:, None] for x in keys))
+            is_in = (sought.first <= hashed.number) & (hashed.number < sought.end)
+            return is_in & (sought.bucket == hashed.bucket)
 
         seen = finds(i) & (query < num_queries)[:, :, None] & exists[:, None]
         for earlier in range(i):
