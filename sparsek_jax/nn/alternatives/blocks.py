@@ -11,7 +11,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Shaped
 
 from sparsek_jax.nn.alternatives.selection import uniform_numbers
-from sparsek_jax.nn.alternatives.tiles import attend_in_tiles, band_tiles, block_tiles
+from sparsek_jax.nn.alternatives.tiles import (
+    attend_in_tiles,
+    band_tiles,
+    block_tiles,
+    for_every_head,
+)
 from sparsek_jax.nn.attention import Attention
 from sparsek_jax.nn.cache import DenseCache, extend_dense_cache, init_dense_cache
 from sparsek_jax.nn.causal import over_query_chunks
@@ -152,10 +157,7 @@ def attend_to_blocks(
             block_tiles(choice, begin, blocks.size, end, num_keys),
         ]
 
-    by_row = (
-        jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))
-        for x in (blocks.begin, row, first)
-    )
+    by_row = (for_every_head(x, num_kv_heads) for x in (blocks.begin, row, first))
     tables = (jnp.moveaxis(choice, 2, 1), *by_row)
     return attend_in_tiles(make_tiles, tables, query, key, value, sharding)
 

@@ -16,6 +16,7 @@ from sparsek_jax.nn.alternatives.tiles import (
     attend_in_tiles,
     band_tiles,
     bucket_tiles,
+    for_every_head,
 )
 from sparsek_jax.nn.config import LSH_BUCKETS, LSH_ROUNDS
 from sparsek_jax.ops.products import einsum_f32
@@ -105,8 +106,5 @@ class LshAttention(RememberingAttention):
 
         by_head = [Sought(bucket, first, end), Hashed(key_bucket, number)]
         by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), by_head)
-        by_row = (
-            jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))
-            for x in (row, local)
-        )
+        by_row = (for_every_head(x, num_kv_heads) for x in (row, local))
         return attend_in_tiles(make_tiles, (*by_head, *by_row), query, key, value, sharding)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int32, PyTree
+from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
 
 from sparsek_jax.nn.sharding import rows_and_heads
 from sparsek_jax.ops.products import einsum_f32
@@ -90,6 +90,11 @@ def attend_in_tiles(
         spec = P(*rows_and_heads(sharding, num_kv_heads))
         attend = jax.shard_map(attend, mesh=sharding.mesh, in_specs=spec, out_specs=spec)
     return jnp.swapaxes(attend(tables, *arrays), 1, 2).reshape(query.shape)
+
+
+def for_every_head(x: Shaped[Array, "B ..."], num_kv_heads: int) -> Shaped[Array, "B K ..."]:
+    """What is the same for all KV heads, as a table."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], num_kv_heads, *x.shape[1:]))
 
 
 def _first(x):
