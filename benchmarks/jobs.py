@@ -66,7 +66,7 @@ def _run(job, gpu, shares):
     if shares:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w") as log:
+    with job.log.open("a") as log:
         for command in job.commands:
             result = subprocess.run(command, stdout=log, stderr=log, env=environment, check=False)
             if result.returncode:

@@ -93,11 +93,23 @@ def _name(arm, seed):
 
 
 def evaluation_of(workdir: pathlib.Path, length: int) -> pathlib.Path | None:
-    """What eval.py wrote of rows of so many tokens."""
+    """What eval.py wrote of rows of so many tokens, after the last step of training."""
     for path in sorted(workdir.glob("eval/*.json")):
-        if json.loads(path.read_text())["loss"]["buckets"][-1]["stop"] == length:
+        found = json.loads(path.read_text())
+        # Tasks have no loss, and a run that was interrupted has been evaluated too early.
+        ended = found["step"] == found["config"]["train"]["steps"]
+        if ended and "loss" in found and found["loss"]["buckets"][-1]["stop"] == length:
             return path
     return None
+
+
+def has_ended(workdir: pathlib.Path) -> bool:
+    """Whether training came to its last step, and not to a signal."""
+    if not (workdir / "metrics.jsonl").exists():
+        return False
+    steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return any(json.loads(line)["step"] == steps for line in lines)
 
 
 def _lengths():
@@ -127,7 +139,7 @@ def _report(seeds):
     to = pathlib.Path(_TO.value)
     for length in _lengths():
         nats = {}
-        for arm, seed in itertools.product(_ARMS.value, seeds):
+        for arm, seed in itertools.product(dict.fromkeys(["dense", *_ARMS.value]), seeds):
             name = _name(arm, seed)
             if path := evaluation_of(to / name, length):
                 suffix = "" if length == _LENGTH.value else f"_read_at_{length}"
@@ -154,9 +166,9 @@ def main(argv):
     if _TRAIN.value:
         start = pathlib.Path(_TO.value) / "short"
         train = program("train.py", _CONFIG, start, {"train.eval_every": 0} | _given())
-        # Its last checkpoint is what arms start from; a run that has ended ends at once.
-        if not run_jobs([Job([train], start / "log.txt", lambda: False)], 1, _GPUS.value[:1]):
-            raise SystemExit("nothing to start from")
+        short = Job([train], start / "log.txt", lambda: has_ended(start))
+        if not run_jobs([short], 1, _GPUS.value[:1]) or not has_ended(start):
+            raise SystemExit(f"{start} has not come to its last step, from which arms start")
         jobs = [_job(arm, seed, start) for seed in seeds for arm in _ARMS.value]
         run_jobs(jobs, _JOBS.value, _GPUS.value)
     _report(seeds)

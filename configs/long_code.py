@@ -17,7 +17,7 @@ layer, by --config.attention and
 
     .pattern='()' .num_selected=256 .sliding_window=256 .gating=soft
 
-or dense attention, by .pattern='()' .kind=dense.
+Dense attention, which sees more, is .pattern='()' .kind=dense.
 
 Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Longer contexts than in
 training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1.

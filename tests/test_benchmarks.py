@@ -58,18 +58,22 @@ def test_kinds_times_each_kind():
 
 
 def test_long_code_reports_what_exceeds_dense_attention_of_the_same_seed(tmp_path):
-    for run_name, nats, length in (
-        ("dense_0", 1.0, 4096),
-        ("window_0", 1.25, 4096),
-        ("window_0", 2.0, 65536),
-        ("window_1", 1.5, 4096),
-        ("lsh_0_16384", 9.0, 16384),  # of other rows
+    for run_name, nats, length, step in (
+        ("dense_0", 1.0, 4096, 800),
+        ("window_0", 1.25, 4096, 800),
+        ("window_0", 2.0, 65536, 800),
+        ("window_1", 1.5, 4096, 800),
+        ("lsh_0", 9.0, 4096, 400),  # interrupted
+        ("lsh_0_16384", 9.0, 16384, 800),  # of other rows
     ):
         directory = tmp_path / run_name / "eval"
         directory.mkdir(parents=True, exist_ok=True)
         loss = {"nats_per_token": nats, "buckets": [{"stop": 512}, {"stop": length}]}
-        (directory / f"of_{length}.json").write_text(json.dumps({"loss": loss}))
-    arms = [f"--arm={arm}" for arm in ("dense", "lsh", "window")]
+        record = {"loss": loss, "step": step, "config": {"train": {"steps": 800}}}
+        (directory / f"of_{length}.json").write_text(json.dumps(record))
+        del record["loss"]
+        (directory / "of_a_task.json").write_text(json.dumps(record))
+    arms = [f"--arm={arm}" for arm in ("lsh", "window")]
     out = run("long_code", "--notrain", "--seeds=2", "--read=65536", f"--to={tmp_path}", *arms)
     assert "| window | +25.00% | 1.250, 1.500 |" in out
     assert "| window |  | 2.000 |" in out
