@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import json
 import os
 import pathlib
 import queue
@@ -31,6 +32,17 @@ def program(
     """A call of train.py or eval.py with some fields of the configuration."""
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     return [sys.executable, script, f"--config={config}", f"--workdir={workdir}", *overrides]
+
+
+def last_measured(workdir: pathlib.Path, name: str) -> tuple[float, list[tuple[int, float]]] | None:
+    """A metric of held-out rows when a run ended, and by step; None if it has not ended."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    curve = {record["step"]: record[name] for record in records if name in record}
+    steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
+    return (curve[steps], sorted(curve.items())) if steps in curve else None
 
 
 def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> bool:

@@ -18,7 +18,7 @@ import shutil
 
 from absl import app, flags
 
-from benchmarks.jobs import Job, program, run_jobs
+from benchmarks.jobs import Job, last_measured, program, run_jobs
 
 _CONFIG = "configs/long_code.py"
 _LENGTH_OF_RECIPE, _TOKENS = 4096, 1 << 16  # a row; a batch
@@ -105,11 +105,7 @@ def evaluation_of(workdir: pathlib.Path, length: int) -> pathlib.Path | None:
 
 def has_ended(workdir: pathlib.Path) -> bool:
     """Whether training came to its last step, and not to a signal."""
-    if not (workdir / "metrics.jsonl").exists():
-        return False
-    steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return any(json.loads(line)["step"] == steps for line in lines)
+    return last_measured(workdir, "validation_loss") is not None
 
 
 def _lengths():

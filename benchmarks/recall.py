@@ -18,7 +18,7 @@ from absl import app, flags
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.jobs import Job, program, run_jobs
+from benchmarks.jobs import Job, last_measured, program, run_jobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,15 +109,9 @@ _TRAIN = flags.DEFINE_bool("train", True, "Train what is missing.")
 flags.mark_flag_as_required("to")
 
 
-def last_accuracy(workdir):
+def last_accuracy(workdir: pathlib.Path) -> tuple[float, list[tuple[int, float]]] | None:
     """Accuracy on held-out rows when the run ended, and by step; None if it has not ended."""
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return None
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    curve = {r["step"]: r["validation_accuracy"] for r in records if "validation_accuracy" in r}
-    steps = json.loads((workdir / "config.json").read_text())["train"]["steps"]
-    return (curve[steps], sorted(curve.items())) if steps in curve else None
+    return last_measured(workdir, "validation_accuracy")
 
 
 def _job(command, workdir):
