@@ -7,7 +7,7 @@ explicit mask: memory linear in T.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from sparsek_jax.ops.selection import document_bounds
-from sparsek_jax.ops.tracing import varying_like
 
 Backend = Literal["cudnn", "xla"]
 
@@ -216,33 +215,3 @@ def join_chunks(x: Shaped[Array, "chunks B C ..."]) -> Shaped[Array, "B T ..."]:
     """Undoes `split_chunks`, but for what it filled up."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
-def scan_chunks(
-    attend: Callable[[Array, tuple[Array, ...]], tuple[Array, Array]],
-    state: Array,
-    arrays: Sequence[Shaped[Array, "B T ..."]],
-    start: Int[Array, "B T"],
-    chunk_size: int,
-) -> tuple[Shaped[Array, "B T ..."], Array]:
-    """Runs a recurrence over chunks of rows, of which one at a time is in memory.
-
-    Args:
-      attend: Maps the state and chunks of the arrays, of `start` and of the rows' numbers to the
-        next state and to outputs `[B, C, ...]`. It is computed again in the backward pass.
-      state: The first one.
-      arrays: Of all rows; the last chunk is filled up with zeros.
-      start: First row of every row's document, which what fills the last chunk belongs to.
-      chunk_size: C.
-
-    Returns:
-      The outputs of all rows, and the last state.
-    """
-    batch, length = start.shape
-    padding = -length % chunk_size
-    rows = jnp.broadcast_to(jnp.arange(length + padding), (batch, length + padding))
-    padded = (jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2))) for x in arrays)
-    inputs = (*padded, start, rows)
-    chunks = tuple(split_chunks(x, chunk_size) for x in inputs)
-    state, out = jax.lax.scan(jax.checkpoint(attend), varying_like(state, *inputs), chunks)
-    return join_chunks(out)[:, :length], state

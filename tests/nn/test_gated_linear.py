@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, GatedLinearAttention
-from sparsek_jax.nn.alternatives import gated_linear
+from sparsek_jax.nn.alternatives import chunkwise, gated_linear
 from tests.nn.masks import assert_close, masked
 from tests.ops.oracle import document_starts
 
@@ -22,7 +22,8 @@ OWN = ("forget_inner", "forget_outer", "gates", "linear_norm")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(gated_linear, "_BLOCK", 4)
-    monkeypatch.setattr(gated_linear, "_BLOCKS", 3)
+    # Three blocks at a time, of two rows.
+    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4**2 * 2 * 5)
 
 
 def recurrence(params, x, query, key, value, first, window):
@@ -95,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_the_recurrence(length, packed, steep
 
 
 def test_memory_is_linear_in_length(monkeypatch):
-    monkeypatch.setattr(gated_linear, "_BLOCKS", 16)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 16 * 4**2 * 2 * 5)
     layer = GatedLinearAttention(
         dataclasses.replace(CONFIG, sliding_window=64), 8, rngs=nnx.Rngs(0)
     )

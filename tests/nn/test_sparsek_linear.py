@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, SparseKAttention, SparseKLinearAttention
-from sparsek_jax.nn.alternatives import sparsek_linear
+from sparsek_jax.nn.alternatives import chunkwise, sparsek_linear
 from sparsek_jax.nn.alternatives.sparsek_linear import linear_attention
 from sparsek_jax.ops.lifetimes import dropped_keys
 from tests.nn.masks import assert_close
@@ -78,8 +78,10 @@ def twin(config, ids, params, x, query, key, value):
     ],
 )
 def test_outputs_and_gradients_are_those_of_masks(monkeypatch, length, packed, changes):
-    monkeypatch.setattr(sparsek_linear, "_CHUNK", 16)
     config = dataclasses.replace(CONFIG, **changes)
+    # Three blocks at a time, of two rows.
+    monkeypatch.setattr(sparsek_linear, "_BLOCK", 4)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4**2 * config.num_heads)
     layer = GivenScores(config, 8, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     graphdef, state = nnx.split(layer)

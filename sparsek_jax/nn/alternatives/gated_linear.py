@@ -5,21 +5,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks, seen_in_block
 from sparsek_jax.nn.attention import Attention, float32_linear
 from sparsek_jax.nn.cache import (
     GatedLinearCache,
     extend_window_cache,
     init_gated_linear_cache,
 )
-from sparsek_jax.nn.causal import scan_chunks, window_attention
+from sparsek_jax.nn.causal import window_attention
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
-# Tokens of a block, whose pairs are computed channel by channel, and blocks of a chunk, of which
-# one at a time is in memory.
-_BLOCK, _BLOCKS = 16, 16
+# Tokens of a block, whose pairs are computed channel by channel.
+_BLOCK = 16
 # With which forget gates start near 1, as in the paper.
 _TEMPERATURE = 16
 
@@ -127,15 +127,10 @@ def gated_linear_attention(
     Returns:
       The output, and the state after the last row.
     """
-    length, num_kv_heads, head_dim = key.shape[1:]
-    size = min(_BLOCK, length)
-    chunk_size = size * min(_BLOCKS, -(-length // size))
+    num_kv_heads, head_dim = key.shape[2:]
 
-    def attend(state, chunk):
-        query, key, value, log_decay, start, rows = (
-            x.reshape(len(x), -1, size, *x.shape[2:]) for x in chunk
-        )
-        query = query.reshape(*key.shape[:3], num_kv_heads, -1, head_dim) * head_dim**-0.5
+    def attend(state, query, key, value, log_decay, start, rows):
+        query = query.reshape(*key.shape[:4], -1, head_dim) * head_dim**-0.5
         since = jnp.cumsum(log_decay, axis=2)
         first, last = rows[:, :, :1], start[:, :, -1:]
         # What a block adds to the state, and what it leaves of it.
@@ -144,25 +139,18 @@ def gated_linear_attention(
         added = einsum_f32("bsckh,bsckv->bskhv", kept, value)
         leaves = (last < first)[..., None]
         left = jnp.where(leaves, jnp.exp(since[:, :, -1]), 0.0)[..., None]
-        total, after = jax.lax.associative_scan(_after, (left, added), axis=1)
-        after = after + total * state[:, None]
-        before = jnp.concatenate([state[:, None], after[:, :-1]], axis=1)
+        before, state = add_to_states(left, added, state)
         reaches = (start < first)[..., None, None]
         reading = query * jnp.where(reaches, jnp.exp(since), 0.0)[..., None, :]
         past = einsum_f32("bsckgh,bskhv->bsckgv", reading, before)
         # Pairs of one block: the decay between them differs between channels.
-        seen = (rows[:, :, None] <= rows[..., None]) & (rows[:, :, None] >= start[..., None])
+        seen = seen_in_block(start, rows)
         between = since[:, :, :, None] - since[:, :, None]
         between = jnp.exp(jnp.where(seen[..., None, None], between, -jnp.inf))
         weights = einsum_f32("bsckgh,bscjkh->bsckgj", query, between * key[:, :, None])
         out = past + einsum_f32("bsckgj,bsjkv->bsckgv", weights, value)
-        return after[:, -1], out.reshape(len(out), chunk_size, -1, head_dim)
+        return state, out.reshape(*out.shape[:3], -1, head_dim)
 
     arrays = [x.astype(jnp.float32) for x in (query, key, value, log_decay)]
-    return scan_chunks(attend, state, arrays, start, chunk_size)
-
-
-def _after(earlier, later):
-    """What is left of a state, and what is added to it, after two runs of blocks."""
-    (left, added), (left_later, added_later) = earlier, later
-    return left * left_later, added * left_later + added_later
+    pairs = min(_BLOCK, key.shape[1]) * num_kv_heads * head_dim
+    return scan_blocks(attend, state, arrays, start, _BLOCK, pairs)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks, seen_in_block
 from sparsek_jax.nn.attention import SparseKAttention, float32_linear
 from sparsek_jax.nn.cache import ScoredLinearCache
-from sparsek_jax.nn.causal import scan_chunks
 from sparsek_jax.nn.config import AttentionConfig
 from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.lifetimes import dropped_keys
@@ -15,8 +15,8 @@ from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 from sparsek_jax.ops.tracing import varying_like
 
-# Tokens of a chunk, whose pairs are in memory one chunk at a time.
-_CHUNK = 256
+# Tokens of a block, of which all pairs are computed.
+_BLOCK = 256
 
 
 class SparseKLinearAttention(SparseKAttention):
@@ -117,30 +117,30 @@ def linear_attention(
     Returns:
       The output, zero where there is no key, and the state after the last row.
     """
-    length, _, head_dim = key.shape[1:]
+    num_heads, head_dim = query.shape[2:]
 
-    def attend(state, chunk):
-        query, key, value, exists, start, rows = chunk
-        reading = _features(query).reshape(*key.shape[:3], -1, head_dim)
+    def attend(state, query, key, value, exists, start, rows):
+        reading = _features(query).reshape(*key.shape[:4], -1, head_dim)
         written = jnp.where(exists[..., None], _features(key), 0.0)
-        ones = jnp.ones((*value.shape[:3], 1))
+        ones = jnp.ones((*value.shape[:4], 1))
         value = jnp.concatenate([value.astype(jnp.float32), ones], axis=-1)
-        first, last = rows[:, :1], start[:, -1:]
-        reaches = (start < first)[..., None, None, None]
-        past = einsum_f32("bckgh,bkhv->bckgv", jnp.where(reaches, reading, 0.0), state)
-        seen = (rows[:, None] <= rows[..., None]) & (rows[:, None] >= start[..., None])
-        weights = einsum_f32("bckgh,bjkh->bkgcj", reading, written)
-        weights = jnp.where(seen[:, None, None], weights, 0.0)
-        sums = past + einsum_f32("bkgcj,bjkv->bckgv", weights, value)
+        first, last = rows[:, :, :1], start[:, :, -1:]
         adds = jnp.where((rows >= last)[..., None, None], written, 0.0)
-        state = jnp.where((last < first)[..., None, None], state, 0.0)
-        state = state + einsum_f32("bjkh,bjkv->bkhv", adds, value)
+        added = einsum_f32("bsjkh,bsjkv->bskhv", adds, value)
+        left = jnp.where(last < first, 1.0, 0.0)[..., None, None]
+        before, state = add_to_states(left, added, state)
+        reaches = (start < first)[..., None, None, None]
+        past = einsum_f32("bsckgh,bskhv->bsckgv", jnp.where(reaches, reading, 0.0), before)
+        weights = einsum_f32("bsckgh,bsjkh->bskgcj", reading, written)
+        weights = jnp.where(seen_in_block(start, rows)[:, :, None, None], weights, 0.0)
+        sums = past + einsum_f32("bskgcj,bsjkv->bsckgv", weights, value)
         total = sums[..., -1:]
         # Without any key all sums are zero, and so is the output.
         out = sums[..., :-1] / jnp.where(total > 0, total, 1.0)
         return state, out.reshape(query.shape)
 
-    return scan_chunks(attend, state, (query, key, value, exists), start, min(_CHUNK, length))
+    pairs = min(_BLOCK, key.shape[1]) * num_heads
+    return scan_blocks(attend, state, (query, key, value, exists), start, _BLOCK, pairs)
 
 
 def _features(x):

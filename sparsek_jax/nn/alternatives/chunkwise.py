@@ -1,0 +1,87 @@
+"""Linear attention in the chunkwise form: pairs within blocks of tokens, states between blocks."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int, Shaped
+
+from sparsek_jax.nn.causal import join_chunks, split_chunks
+from sparsek_jax.ops.tracing import varying_like
+
+# In memory at a time, of each array of pairs. Many blocks at a time spare launches on a GPU.
+_FLOATS = 1 << 26
+
+
+def scan_blocks(
+    attend: Callable[..., tuple[Array, Array]],
+    state: Array,
+    arrays: Sequence[Shaped[Array, "B T ..."]],
+    start: Int[Array, "B T"],
+    size: int,
+    floats_of_token: int,
+) -> tuple[Shaped[Array, "B T ..."], Array]:
+    """Runs a recurrence over blocks of rows, of which some at a time are in memory.
+
+    Args:
+      attend: Maps the state and blocks of the arrays, of `start` and of the rows' numbers, each
+        `[B, blocks, size, ...]`, to the state after them and to such outputs. It is computed again
+        in the backward pass.
+      state: The first one.
+      arrays: Of all rows; the last blocks are filled up with zeros.
+      start: First row of every row's document, which what fills the last blocks belongs to.
+      size: Rows of a block.
+      floats_of_token: How many numbers `attend` makes of a token of every row of the batch.
+
+    Returns:
+      The outputs of all rows, and the last state.
+    """
+    batch, length = start.shape
+    size = min(size, length)
+    at_a_time = max(_FLOATS // (batch * size * floats_of_token), 1)
+    chunk_size = size * min(at_a_time, -(-length // size))
+    padding = -length % chunk_size
+    rows = jnp.broadcast_to(jnp.arange(length + padding), (batch, length + padding))
+    padded = (jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2))) for x in arrays)
+    inputs = (*padded, start, rows)
+
+    @jax.checkpoint
+    def attend_chunk(state, chunk):
+        blocks = (x.reshape(batch, -1, size, *x.shape[2:]) for x in chunk)
+        state, out = attend(state, *blocks)
+        return state, out.reshape(batch, chunk_size, *out.shape[3:])
+
+    chunks = tuple(split_chunks(x, chunk_size) for x in inputs)
+    state, out = jax.lax.scan(attend_chunk, varying_like(state, *inputs), chunks)
+    return join_chunks(out)[:, :length], state
+
+
+def add_to_states(
+    left: Float32[Array, "B blocks *#state"],
+    added: Float32[Array, "B blocks *state"],
+    state: Float32[Array, "B *state"],
+) -> tuple[Float32[Array, "B blocks *state"], Float32[Array, "B *state"]]:
+    """The states before every block, and the one after the last.
+
+    Args:
+      left: What every block leaves of the state, as a factor.
+      added: What it then adds.
+      state: Before the first.
+    """
+    total, after = jax.lax.associative_scan(_after, (left, added), axis=1)
+    after = after + total * state[:, None]
+    return jnp.concatenate([state[:, None], after[:, :-1]], axis=1), after[:, -1]
+
+
+def _after(earlier, later):
+    """What is left of a state, and what is added to it, after two runs of blocks."""
+    (left, added), (left_later, added_later) = earlier, later
+    return left * left_later, added * left_later + added_later
+
+
+def seen_in_block(
+    start: Int[Array, "B blocks size"], rows: Int[Array, "B blocks size"]
+) -> Bool[Array, "B blocks size size"]:
+    """Which rows of its block a row sees: up to itself, of its document."""
+    earlier = rows[:, :, None]
+    return (earlier <= rows[..., None]) & (earlier >= start[..., None])
