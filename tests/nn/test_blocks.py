@@ -242,15 +242,22 @@ def test_bfloat16_matches_float32_on_the_same_inputs(kind):
     arrays = [jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in shapes]
     config = dataclasses.replace(CONFIG, head_dim=16, rotary_fraction=1.0)
 
+    weight = rng.standard_normal(shapes[1]).astype(np.float32)
+
     @functools.partial(jax.jit, static_argnums=0)
     def run(dtype, *arrays):
-        layer = kind(config, 16, dtype=dtype, rngs=nnx.Rngs(0))
-        return layer.mix(*(x.astype(dtype) for x in arrays), jnp.asarray(IDS), None, 1)[0]
+        def attend(x, *arrays):
+            layer = kind(config, 16, dtype=dtype, rngs=nnx.Rngs(0))
+            return layer.mix(x, *arrays, jnp.asarray(IDS), None, 1)[0]
 
-    exact, out = run(jnp.float32, *arrays), run(jnp.bfloat16, *arrays)
-    assert (exact.dtype, out.dtype) == (jnp.float32, jnp.bfloat16)
-    error = jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-    assert error <= 5e-3, error
+        out, vjp = jax.vjp(attend, *(x.astype(dtype) for x in arrays))
+        return [out, *vjp(weight.astype(dtype))[1:]]
+
+    outs = (run(jnp.float32, *arrays), run(jnp.bfloat16, *arrays))
+    for i, (exact, rough) in enumerate(zip(*outs, strict=True)):
+        assert (exact.dtype, rough.dtype) == (jnp.float32, jnp.bfloat16)
+        error = jnp.linalg.norm(rough.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+        assert error <= (1e-2 if i else 5e-3), (i, error)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 60])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int32, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 
 from sparsek_jax.nn.sharding import rows_and_heads
 from sparsek_jax.ops.products import einsum_f32
@@ -116,7 +116,7 @@ def _attend(
         return x.at[index].get(mode="fill", fill_value=0).astype(dtype)
 
     def logits(tiles):
-        products = einsum_f32("nqh,nsh->nqs", rows(query, tiles.query), rows(key, tiles.key))
+        products = _product("nqh,nsh->nqs", rows(query, tiles.query), rows(key, tiles.key))
         # In form not a constant, of which the loop's gradient would keep a copy for every pair.
         unseen = tiles.query[0, 0] * 0.0 - jnp.inf
         return jnp.where(tiles.seen, products * query.shape[-1] ** -0.5, unseen)
@@ -130,10 +130,34 @@ def _attend(
     for tiles, x in parts:
         weights = jnp.exp(x - rows(largest, tiles.query, jnp.float32)[..., None])
         total = total.at[tiles.query].add(weights.sum(axis=-1), mode="drop")
-        seen = einsum_f32("nqs,nsh->nqh", weights.astype(dtype), rows(value, tiles.key))
+        seen = _product("nqs,nsh->nqh", weights.astype(dtype), rows(value, tiles.key))
         out = out.at[tiles.query].add(seen, mode="drop")
     total, out = checkpoint_name(total, "total"), checkpoint_name(out, "out")
     return (out / total[:, None]).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    subscripts: str, x: Float[Array, "n _ _"], y: Float[Array, "n _ _"]
+) -> Float32[Array, "n _ _"]:
+    """`einsum_f32`, whose gradient's products too are of the given dtype."""
+    return einsum_f32(subscripts, x, y)
+
+
+def _product_fwd(subscripts, x, y):
+    return einsum_f32(subscripts, x, y), (x, y)
+
+
+def _product_bwd(subscripts, operands, cotangent):
+    x, y = operands
+    of_x, of_y, of_product = subscripts.replace("->", ",").split(",")
+    cotangent = cotangent.astype(x.dtype)
+    d_x = einsum_f32(f"{of_product},{of_y}->{of_x}", cotangent, y)
+    d_y = einsum_f32(f"{of_product},{of_x}->{of_y}", cotangent, x)
+    return d_x.astype(x.dtype), d_y.astype(y.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
 
 
 def band_tiles(
