@@ -23,7 +23,7 @@ OWN = ("forget_inner", "forget_outer", "gates", "linear_norm")
 def small_chunks(monkeypatch):
     monkeypatch.setattr(gated_linear, "_BLOCK", 4)
     # Three blocks at a time, of two rows.
-    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4**2 * 2 * 5)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4 * 24)
 
 
 def recurrence(params, x, query, key, value, first, window):
@@ -49,9 +49,13 @@ def recurrence(params, x, query, key, value, first, window):
 
 
 @pytest.mark.parametrize(
-    ("length", "packed", "steepness"), [(LENGTH, True, 1), (LENGTH, True, 300), (3, False, 1)]
+    ("length", "packed", "steepness", "block"),
+    [(LENGTH, True, 1, 4), (LENGTH, True, 300, 4), (LENGTH, True, 30, 64), (3, False, 1, 64)],
 )
-def test_outputs_and_gradients_are_those_of_the_recurrence(length, packed, steepness):
+def test_outputs_and_gradients_are_those_of_the_recurrence(
+    monkeypatch, length, packed, steepness, block
+):
+    monkeypatch.setattr(gated_linear, "_BLOCK", block)
     layer = GatedLinearAttention(dataclasses.replace(CONFIG, sliding_window=4), 8, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     graphdef, state = nnx.split(layer)
@@ -96,7 +100,7 @@ def test_outputs_and_gradients_are_those_of_the_recurrence(length, packed, steep
 
 
 def test_memory_is_linear_in_length(monkeypatch):
-    monkeypatch.setattr(chunkwise, "_FLOATS", 16 * 4**2 * 2 * 5)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 16 * 4 * 24)
     layer = GatedLinearAttention(
         dataclasses.replace(CONFIG, sliding_window=64), 8, rngs=nnx.Rngs(0)
     )

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float32, Int, Shaped
+from jaxtyping import Array, Float32, Int, Shaped
 
 from sparsek_jax.nn.causal import join_chunks, split_chunks
 from sparsek_jax.ops.tracing import varying_like
@@ -37,7 +37,6 @@ def scan_blocks(
       The outputs of all rows, and the last state.
     """
     batch, length = start.shape
-    size = min(size, length)
     at_a_time = max(_FLOATS // (batch * size * floats_of_token), 1)
     chunk_size = size * min(at_a_time, -(-length // size))
     padding = -length % chunk_size
@@ -77,11 +76,3 @@ def _after(earlier, later):
     """What is left of a state, and what is added to it, after two runs of blocks."""
     (left, added), (left_later, added_later) = earlier, later
     return left * left_later, added * left_later + added_later
-
-
-def seen_in_block(
-    start: Int[Array, "B blocks size"], rows: Int[Array, "B blocks size"]
-) -> Bool[Array, "B blocks size size"]:
-    """Which rows of its block a row sees: up to itself, of its document."""
-    earlier = rows[:, :, None]
-    return (earlier <= rows[..., None]) & (earlier >= start[..., None])

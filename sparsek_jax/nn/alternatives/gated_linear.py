@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
-from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks, seen_in_block
+from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks
 from sparsek_jax.nn.attention import Attention, float32_linear
 from sparsek_jax.nn.cache import (
     GatedLinearCache,
@@ -18,8 +18,7 @@ from sparsek_jax.nn.norms import make_norm
 from sparsek_jax.ops.products import einsum_f32
 from sparsek_jax.ops.selection import document_bounds
 
-# Tokens of a block, whose pairs are computed channel by channel.
-_BLOCK = 16
+_BLOCK = 64  # tokens, a power of two
 # With which forget gates start near 1, as in the paper.
 _TEMPERATURE = 16
 
@@ -127,10 +126,12 @@ def gated_linear_attention(
     Returns:
       The output, and the state after the last row.
     """
-    num_kv_heads, head_dim = key.shape[2:]
+    length, num_kv_heads, head_dim = key.shape[1:]
+    groups = query.shape[2] // num_kv_heads
+    size = min(_BLOCK, 1 << (length - 1).bit_length())
 
     def attend(state, query, key, value, log_decay, start, rows):
-        query = query.reshape(*key.shape[:4], -1, head_dim) * head_dim**-0.5
+        query = query.reshape(*key.shape[:4], groups, head_dim) * head_dim**-0.5
         since = jnp.cumsum(log_decay, axis=2)
         first, last = rows[:, :, :1], start[:, :, -1:]
         # What a block adds to the state, and what it leaves of it.
@@ -143,14 +144,40 @@ def gated_linear_attention(
         reaches = (start < first)[..., None, None]
         reading = query * jnp.where(reaches, jnp.exp(since), 0.0)[..., None, :]
         past = einsum_f32("bsckgh,bskhv->bsckgv", reading, before)
-        # Pairs of one block: the decay between them differs between channels.
-        seen = seen_in_block(start, rows)
-        between = since[:, :, :, None] - since[:, :, None]
-        between = jnp.exp(jnp.where(seen[..., None, None], between, -jnp.inf))
-        weights = einsum_f32("bsckgh,bscjkh->bsckgj", query, between * key[:, :, None])
-        out = past + einsum_f32("bsckgj,bsjkv->bsckgv", weights, value)
+        out = past + _within_blocks(query, key, value, log_decay, start, rows)
         return state, out.reshape(*out.shape[:3], -1, head_dim)
 
     arrays = [x.astype(jnp.float32) for x in (query, key, value, log_decay)]
-    pairs = min(_BLOCK, key.shape[1]) * num_kv_heads * head_dim
-    return scan_blocks(attend, state, arrays, start, _BLOCK, pairs)
+    floats = max(size * groups, head_dim) * num_kv_heads
+    return scan_blocks(attend, state, arrays, start, size, floats)
+
+
+def _within_blocks(query, key, value, log_decay, start, rows):
+    """What queries read of the keys of their block, up to their own, `[B, blocks, size, K, G, H]`.
+
+    Blocks are halved again and again. Queries in the second half read the keys in the first one by
+    a product of matrices: what is left of a key at the border, and what is left from there to the
+    query, are both at most 1.
+    """
+    size = key.shape[2]
+    out = einsum_f32("bsckgh,bsckh->bsckg", query, key)[..., None] * value[:, :, :, :, None]
+    half = 1
+    while half < size:
+
+        def halves(x, half=half):
+            x = x.reshape(*x.shape[:2], -1, 2, half, *x.shape[3:])
+            return x[:, :, :, 0], x[:, :, :, 1]
+
+        (early_decay, late_decay), (early_rows, _) = halves(log_decay), halves(rows)
+        # A key's own gate is before it.
+        to_border = jnp.cumsum(early_decay[:, :, :, ::-1], axis=3)[:, :, :, ::-1] - early_decay
+        kept = halves(key)[0] * jnp.exp(to_border)
+        reading = halves(query)[1] * jnp.exp(jnp.cumsum(late_decay, axis=3))[..., None, :]
+        weights = einsum_f32("bsnckgh,bsnjkh->bsnkgcj", reading, kept)
+        seen = early_rows[..., None, :] >= halves(start)[1][..., None]
+        weights = jnp.where(seen[:, :, :, None, None], weights, 0.0)
+        read = einsum_f32("bsnkgcj,bsnjkv->bsnckgv", weights, halves(value)[0])
+        early, late = halves(out)
+        out = jnp.stack([early, late + read], axis=3).reshape(out.shape)
+        half *= 2
+    return out

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks, seen_in_block
+from sparsek_jax.nn.alternatives.chunkwise import add_to_states, scan_blocks
 from sparsek_jax.nn.attention import SparseKAttention, float32_linear
 from sparsek_jax.nn.cache import ScoredLinearCache
 from sparsek_jax.nn.config import AttentionConfig
@@ -118,6 +118,7 @@ def linear_attention(
       The output, zero where there is no key, and the state after the last row.
     """
     num_heads, head_dim = query.shape[2:]
+    size = min(_BLOCK, key.shape[1])
 
     def attend(state, query, key, value, exists, start, rows):
         reading = _features(query).reshape(*key.shape[:4], -1, head_dim)
@@ -132,15 +133,17 @@ def linear_attention(
         reaches = (start < first)[..., None, None, None]
         past = einsum_f32("bsckgh,bskhv->bsckgv", jnp.where(reaches, reading, 0.0), before)
         weights = einsum_f32("bsckgh,bsjkh->bskgcj", reading, written)
-        weights = jnp.where(seen_in_block(start, rows)[:, :, None, None], weights, 0.0)
+        earlier = rows[:, :, None]
+        seen = (earlier <= rows[..., None]) & (earlier >= start[..., None])
+        weights = jnp.where(seen[:, :, None, None], weights, 0.0)
         sums = past + einsum_f32("bskgcj,bsjkv->bsckgv", weights, value)
         total = sums[..., -1:]
         # Without any key all sums are zero, and so is the output.
         out = sums[..., :-1] / jnp.where(total > 0, total, 1.0)
         return state, out.reshape(query.shape)
 
-    pairs = min(_BLOCK, key.shape[1]) * num_heads
-    return scan_blocks(attend, state, (query, key, value, exists), start, _BLOCK, pairs)
+    arrays = (query, key, value, exists)
+    return scan_blocks(attend, state, arrays, start, size, size * num_heads)
 
 
 def _features(x):
