@@ -51,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int, gpus: Sequence[str] = ()) -> b
     Args:
       jobs: What to run.
       at_a_time: How many at a time; if there are `gpus`, on each.
-      gpus: Numbers of GPUs, of which every job sees one; none: every job sees all devices.
+      gpus: GPUs, of which every job sees one, or several as in "0,1"; none: it sees all devices.
     """
     places = queue.SimpleQueue()
     for _ in range(at_a_time):

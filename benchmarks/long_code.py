@@ -3,11 +3,11 @@
     python -m sparsek_jax.data.long_documents ...    # as configs/long_code.py has it; texts/
     python -m benchmarks.long_code --to=runs/long_code [--jobs=4 --gpus=0,1] [--arm=dense ...]
 
-First comes the run on short rows that all arms start from, then every arm with every seed is
-trained on rows of `--length` tokens and evaluated: on such rows, and on those of `--read` where
-that is given. Runs that are finished are not repeated, and interrupted ones resume. At last it
-prints by how much each arm's nats exceed those of dense attention with the same seed, and puts what
-eval.py wrote in TO/ARM_SEED.json (lengths that are not the recipe's are in the name), for
+First comes the run on short rows that all arms start from, on all GPUs, then every arm with every
+seed is trained on rows of `--length` tokens and evaluated: on such rows, and on those of `--read`
+where that is given. Runs that are finished are not repeated, and interrupted ones resume. At last
+it prints by how much each arm's nats exceed those of dense attention with the same seed, and puts
+what eval.py wrote in TO/ARM_SEED.json (lengths that are not the recipe's are in the name), for
 `python -m benchmarks.context_plot` to draw. `--notrain` reports what there is.
 """
 
@@ -159,15 +159,19 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     seeds = range(_FIRST.value, _FIRST.value + _SEEDS.value)
+    all_ended = True
     if _TRAIN.value:
         start = pathlib.Path(_TO.value) / "short"
         train = program("train.py", _CONFIG, start, {"train.eval_every": 0} | _given())
         short = Job([train], start / "log.txt", lambda: has_ended(start))
-        if not run_jobs([short], 1, _GPUS.value[:1]) or not has_ended(start):
+        all_gpus = [",".join(_GPUS.value)] if _GPUS.value else []
+        if not run_jobs([short], 1, all_gpus) or not has_ended(start):
             raise SystemExit(f"{start} has not come to its last step, from which arms start")
         jobs = [_job(arm, seed, start) for seed in seeds for arm in _ARMS.value]
-        run_jobs(jobs, _JOBS.value, _GPUS.value)
+        all_ended = run_jobs(jobs, _JOBS.value, _GPUS.value)
     _report(seeds)
+    if not all_ended:
+        raise SystemExit("some runs have failed: see above")
 
 
 if __name__ == "__main__":

@@ -154,6 +154,7 @@ def main(_):
         return to / f"{name.replace(' ', '').replace('/', '-')},seed={seed}"
 
     starts = {short(arm, seed): (arm, seed) for _, arm, seed in runs}
+    all_ended = True
     if _TRAIN.value:
         short_jobs = [
             _job(arm.short_command(path, seed), path) for path, (arm, seed) in starts.items()
@@ -162,8 +163,8 @@ def main(_):
             _job(arm.command(short(arm, seed), place(name, seed), seed), place(name, seed))
             for name, arm, seed in runs
         ]
-        for each in (short_jobs, jobs):
-            run_jobs(each, _JOBS.value)
+        short_ended = run_jobs(short_jobs, _JOBS.value)
+        all_ended = run_jobs(jobs, _JOBS.value) and short_ended
     found = {
         name: [last_accuracy(place(name, seed)) for seed in range(_SEEDS.value)]
         for name in _ARMS.value
@@ -179,6 +180,8 @@ def main(_):
     }
     (to / "results.json").write_text(json.dumps(record) + "\n")
     _picture(rows, to / "results.png")
+    if not all_ended:
+        raise SystemExit("some runs have failed: see above")
 
 
 if __name__ == "__main__":

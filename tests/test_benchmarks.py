@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 
-def run(module, *arguments):
+def call(module, *arguments):
     command = [sys.executable, "-m", f"benchmarks.{module}", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def run(module, *arguments):
+    result = call(module, *arguments)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -82,3 +86,17 @@ def test_long_code_reports_what_exceeds_dense_attention_of_the_same_seed(tmp_pat
         "nats_per_token": 2.0,
         "buckets": [{"stop": 512}, {"stop": 65536}],
     }
+
+
+def test_long_code_fails_with_a_run(tmp_path):
+    short = tmp_path / "short"
+    short.mkdir()
+    (short / "config.json").write_text(json.dumps({"train": {"steps": 2400}}))
+    (short / "metrics.jsonl").write_text(json.dumps({"step": 2400, "validation_loss": 2.1}) + "\n")
+    nothing = f"--field=data.glob={tmp_path}/*.txt"
+    result = call("long_code", "--seeds=1", "--arm=window", f"--to={tmp_path}", nothing)
+    assert result.returncode == 1
+    log = tmp_path / "window_0/log.txt"
+    assert f"exit status 2, see {log}" in result.stdout
+    assert "some runs have failed" in result.stderr
+    assert "matches no file" in log.read_text()
