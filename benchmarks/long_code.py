@@ -3,12 +3,12 @@
     python -m sparsek_jax.data.long_documents ...    # as configs/long_code.py has it; texts/
     python -m benchmarks.long_code --to=runs/long_code [--jobs=4 --gpus=0,1] [--arm=dense ...]
 
-First comes the run on short rows that all arms start from, on all GPUs, then every arm with every
-seed is trained on rows of `--length` tokens and evaluated: on such rows, and on those of `--read`
-where that is given. Runs that are finished are not repeated, and interrupted ones resume. At last
-it prints by how much each arm's nats exceed those of dense attention with the same seed, and puts
-what eval.py wrote in TO/ARM_SEED.json (lengths that are not the recipe's are in the name), for
-`python -m benchmarks.context_plot` to draw. `--notrain` reports what there is.
+First comes the run on short rows that all arms start from, on several GPUs, then every arm with
+every seed is trained on rows of `--length` tokens and evaluated: on such rows, and on those of
+`--read` where that is given. Runs that are finished are not repeated, and interrupted ones resume.
+At last it prints by how much each arm's nats exceed those of dense attention with the same seed,
+and puts what eval.py wrote in TO/ARM_SEED.json (lengths that are not the recipe's are in the name),
+for `python -m benchmarks.context_plot` to draw. `--notrain` reports what there is.
 """
 
 import itertools
@@ -71,7 +71,7 @@ _LENGTH = flags.DEFINE_integer("length", _LENGTH_OF_RECIPE, "Tokens of a row.", 
 _READ = flags.DEFINE_integer("read", None, "Tokens of a row in a second evaluation.", lower_bound=1)
 _FIELDS = flags.DEFINE_multi_string("field", [], "NAME=VALUE of the recipe, for all runs.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Runs at a time, on each GPU.", lower_bound=1)
-_GPUS = flags.DEFINE_list("gpus", [], "GPUs, of which each run sees one. Without, it sees all.")
+_GPUS = flags.DEFINE_list("gpus", [], "GPUs, of which each arm sees one. Without, it sees all.")
 _TRAIN = flags.DEFINE_bool("train", True, "Train what is missing.")
 flags.mark_flag_as_required("to")
 flags.register_validator(
@@ -164,8 +164,9 @@ def main(argv):
         start = pathlib.Path(_TO.value) / "short"
         train = program("train.py", _CONFIG, start, {"train.eval_every": 0} | _given())
         short = Job([train], start / "log.txt", lambda: has_ended(start))
-        all_gpus = [",".join(_GPUS.value)] if _GPUS.value else []
-        if not run_jobs([short], 1, all_gpus) or not has_ended(start):
+        # As many as share its batch equally.
+        several = ",".join(_GPUS.value[: 1 << max(len(_GPUS.value), 1).bit_length() - 1])
+        if not run_jobs([short], 1, [several] if several else []) or not has_ended(start):
             raise SystemExit(f"{start} has not come to its last step, from which arms start")
         jobs = [_job(arm, seed, start) for seed in seeds for arm in _ARMS.value]
         all_ended = run_jobs(jobs, _JOBS.value, _GPUS.value)

@@ -179,7 +179,8 @@ def main(_):
         "long": {name: [{"accuracy": a, "curve": c} for a, c in found[name]] for name in rows},
     }
     (to / "results.json").write_text(json.dumps(record) + "\n")
-    _picture(rows, to / "results.png")
+    if rows:
+        _picture(rows, to / "results.png")
     if not all_ended:
         raise SystemExit("some runs have failed: see above")
 

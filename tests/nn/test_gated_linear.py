@@ -10,6 +10,7 @@ from flax import nnx
 
 from sparsek_jax.nn import AttentionConfig, GatedLinearAttention
 from sparsek_jax.nn.alternatives import chunkwise, gated_linear
+from sparsek_jax.nn.alternatives.gated_linear import gated_linear_attention
 from tests.nn.masks import assert_close, masked
 from tests.ops.oracle import document_starts
 
@@ -23,7 +24,7 @@ OWN = ("forget_inner", "forget_outer", "gates", "linear_norm")
 def small_chunks(monkeypatch):
     monkeypatch.setattr(gated_linear, "_BLOCK", 4)
     # Three blocks at a time, of two rows.
-    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4 * 24)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 3 * 2 * 4 * 30)
 
 
 def recurrence(params, x, query, key, value, first, window):
@@ -99,8 +100,26 @@ def test_outputs_and_gradients_are_those_of_the_recurrence(
     assert_close([out, *jax.tree.leaves((gradient, *gradients))], truth)
 
 
+@pytest.mark.parametrize("steep", [-100.0, -1e6])
+def test_a_steep_gate_costs_no_digits(monkeypatch, steep):
+    monkeypatch.setattr(gated_linear, "_BLOCK", 64)
+    rng = np.random.default_rng(1)
+    query, key, value = rng.standard_normal((3, 1, 130, 1, 8)).astype(np.float32)
+    log_decay = np.full(key.shape, -0.01, np.float32)
+    log_decay[:, [20, 70, 71]] = steep
+    out, state = gated_linear_attention(
+        query, key, value, log_decay, start=np.zeros((1, 130), int), state=np.zeros((1, 1, 8, 8))
+    )
+    truth, expected = np.zeros((8, 8)), []
+    wide = (x[0, :, 0].astype(np.float64) for x in (query, key, value, log_decay))
+    for q, k, v, decay in zip(*wide, strict=True):
+        truth = truth * np.exp(decay)[:, None] + np.outer(k, v)
+        expected.append(q @ truth / np.sqrt(8))
+    assert_close([out[0, :, 0], state[0, 0]], [np.stack(expected), truth])
+
+
 def test_memory_is_linear_in_length(monkeypatch):
-    monkeypatch.setattr(chunkwise, "_FLOATS", 16 * 4 * 24)
+    monkeypatch.setattr(chunkwise, "_FLOATS", 16 * 4 * 30)
     layer = GatedLinearAttention(
         dataclasses.replace(CONFIG, sliding_window=64), 8, rngs=nnx.Rngs(0)
     )

@@ -144,3 +144,13 @@ def test_bands_and_buckets_hold_every_key_once(seed, sizes, rare):
     tables = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), tables)
     parts = compiled(band_and_buckets, 4, 5, 6)(*tables, groups, window, most)
     assert pairs(parts, num_rows * groups, num_keys) == expected
+
+
+def test_gradients_of_products_are_of_cotangents_in_their_dtype():
+    rng = np.random.default_rng(3)
+    x, y = (jnp.asarray(rng.standard_normal((2, 16, 16)), jnp.bfloat16) for _ in range(2))
+    cotangent = rng.standard_normal((2, 16, 16)).astype(np.float32)
+    _, vjp = jax.vjp(functools.partial(tiles._product, "nqh,nsh->nqs"), x, y)
+    rounded = jnp.asarray(cotangent).astype(x.dtype).astype(jnp.float32)
+    for gradient, expected in zip(vjp(cotangent), vjp(rounded), strict=True):
+        np.testing.assert_array_equal(gradient, expected)

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float32, Int, Shaped
 from sparsek_jax.nn.causal import join_chunks, split_chunks
 from sparsek_jax.ops.tracing import varying_like
 
-# In memory at a time, of each array of pairs. Many blocks at a time spare launches on a GPU.
-_FLOATS = 1 << 26
+# Numbers of one array that are in memory at a time. Many blocks at a time spare a GPU launches.
+_FLOATS = 1 << 25
 
 
 def scan_blocks(
@@ -31,14 +31,16 @@ def scan_blocks(
       arrays: Of all rows; the last blocks are filled up with zeros.
       start: First row of every row's document, which what fills the last blocks belongs to.
       size: Rows of a block.
-      floats_of_token: How many numbers `attend` makes of a token of every row of the batch.
+      floats_of_token: Numbers of the largest array that `attend` makes, for a token of one row.
 
     Returns:
       The outputs of all rows, and the last state.
     """
     batch, length = start.shape
-    at_a_time = max(_FLOATS // (batch * size * floats_of_token), 1)
-    chunk_size = size * min(at_a_time, -(-length // size))
+    most = max(_FLOATS // (batch * size * floats_of_token), 1)
+    # Chunks of like size, so that the last one is hardly filled up.
+    num_blocks = -(-length // size)
+    chunk_size = size * -(-num_blocks // -(-num_blocks // most))
     padding = -length % chunk_size
     rows = jnp.broadcast_to(jnp.arange(length + padding), (batch, length + padding))
     padded = (jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2))) for x in arrays)
@@ -68,11 +70,16 @@ def add_to_states(
       state: Before the first.
     """
     total, after = jax.lax.associative_scan(_after, (left, added), axis=1)
-    after = after + total * state[:, None]
+    after = after + _left_of(state[:, None], total)
     return jnp.concatenate([state[:, None], after[:, :-1]], axis=1), after[:, -1]
 
 
 def _after(earlier, later):
     """What is left of a state, and what is added to it, after two runs of blocks."""
     (left, added), (left_later, added_later) = earlier, later
-    return left * left_later, added * left_later + added_later
+    return left * left_later, _left_of(added, left_later) + added_later
+
+
+def _left_of(state, left):
+    """Where nothing is left, a NaN is not either: one document must not reach the next."""
+    return jnp.where(left > 0, state * left, 0.0)

@@ -136,7 +136,7 @@ def gated_linear_attention(
         first, last = rows[:, :, :1], start[:, :, -1:]
         # What a block adds to the state, and what it leaves of it.
         adds = (rows >= last)[..., None, None]
-        kept = key * jnp.where(adds, jnp.exp(since[:, :, -1:] - since), 0.0)
+        kept = key * jnp.where(adds, jnp.exp(_sums_after(log_decay, 2)), 0.0)
         added = einsum_f32("bsckh,bsckv->bskhv", kept, value)
         leaves = (last < first)[..., None]
         left = jnp.where(leaves, jnp.exp(since[:, :, -1]), 0.0)[..., None]
@@ -148,7 +148,8 @@ def gated_linear_attention(
         return state, out.reshape(*out.shape[:3], -1, head_dim)
 
     arrays = [x.astype(jnp.float32) for x in (query, key, value, log_decay)]
-    floats = max(size * groups, head_dim) * num_kv_heads
+    # Of a query, and a block's share of its state.
+    floats = num_kv_heads * head_dim * max(groups, head_dim // size)
     return scan_blocks(attend, state, arrays, start, size, floats)
 
 
@@ -169,9 +170,7 @@ def _within_blocks(query, key, value, log_decay, start, rows):
             return x[:, :, :, 0], x[:, :, :, 1]
 
         (early_decay, late_decay), (early_rows, _) = halves(log_decay), halves(rows)
-        # A key's own gate is before it.
-        to_border = jnp.cumsum(early_decay[:, :, :, ::-1], axis=3)[:, :, :, ::-1] - early_decay
-        kept = halves(key)[0] * jnp.exp(to_border)
+        kept = halves(key)[0] * jnp.exp(_sums_after(early_decay, 3))
         reading = halves(query)[1] * jnp.exp(jnp.cumsum(late_decay, axis=3))[..., None, :]
         weights = einsum_f32("bsnckgh,bsnjkh->bsnkgcj", reading, kept)
         seen = early_rows[..., None, :] >= halves(start)[1][..., None]
@@ -181,3 +180,10 @@ def _within_blocks(query, key, value, log_decay, start, rows):
         out = jnp.stack([early, late + read], axis=3).reshape(out.shape)
         half *= 2
     return out
+
+
+def _sums_after(x: Float32[Array, "..."], axis: int) -> Float32[Array, "..."]:
+    """Sum of what comes after each element. As a difference of sums it would lose digits."""
+    later = jax.lax.slice_in_dim(x, 1, None, axis=axis)
+    none = jnp.zeros_like(jax.lax.slice_in_dim(x, 0, 1, axis=axis))
+    return jnp.concatenate([jax.lax.cumsum(later, axis=axis, reverse=True), none], axis=axis)
