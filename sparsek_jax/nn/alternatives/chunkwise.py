@@ -82,4 +82,4 @@ def _after(earlier, later):
 
 def _left_of(state, left):
     """Where nothing is left, a NaN is not either: one document must not reach the next."""
-    return jnp.where(left > 0, state * left, 0.0)
+    return jnp.where(left == 0, 0.0, state * left)
