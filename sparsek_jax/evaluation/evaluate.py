@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -200,14 +201,15 @@ def _measure(
         past, hidden, _ = resumed_states(model, past, batch, sharding=rows)
         scores = {}
     loss = token_loss(model.output_table, hidden, batch["targets"], chunk_size=loss_chunk)
-    valid = batch["loss_mask"] > 0
-    sums = {
-        layer: gate_sums(
-            layer_scores,
-            valid,
-            config=model.config.attention,
-            segment_ids=batch["segment_ids"] if packing == "segments" else None,
-        )
-        for layer, layer_scores in scores.items()
-    }
+    if not scores:
+        return (loss, {}), past
+    sums_of_layer = functools.partial(
+        gate_sums,
+        valid=batch["loss_mask"] > 0,
+        config=model.config.attention,
+        segment_ids=batch["segment_ids"] if packing == "segments" else None,
+    )
+    # In a loop, as a selection takes long to compile.
+    sums = jax.lax.map(sums_of_layer, jnp.stack(list(scores.values())))
+    sums = {layer: jax.tree.map(lambda x, i=i: x[i], sums) for i, layer in enumerate(scores)}
     return (loss, sums), past
