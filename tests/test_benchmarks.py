@@ -41,6 +41,18 @@ def test_recall_reports_the_runs_that_ended(tmp_path):
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_recall_fails_with_a_run(tmp_path):
+    # The run on short rows has ended, but it left no model to start from.
+    short = tmp_path / "short,seed=0"
+    short.mkdir()
+    (short / "config.json").write_text(json.dumps({"train": {"steps": 400}}))
+    (short / "metrics.jsonl").write_text('{"step": 400, "validation_accuracy": 1.0}\n')
+    result = call("recall", "--seeds=1", "--arm=dense", f"--to={tmp_path}")
+    assert result.returncode == 1
+    assert f"see {tmp_path}/dense,seed=0/train.log" in result.stdout
+    assert "some runs have failed" in result.stderr
+
+
 def test_scaling_times_each_length():
     out = run(
         "scaling", "--length=96,192", "--num_selected=8", "--sliding_window=16", "--repeats=1"
