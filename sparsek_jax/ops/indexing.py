@@ -18,7 +18,7 @@ def rows_of(x: Shaped[Array, "R n"]) -> Shaped[np.ndarray, "R 1"]:
 def gather(x: Shaped[Array, "..."], *index: Array) -> Shaped[Array, "..."]:
     """`x[index]` of indices for all axes, which are in bounds."""
     flat = _flat(x.shape, index)
-    return x.reshape(-1).at[flat].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return x.reshape(-1).at[flat].get(mode="promise_in_bounds")
 
 
 def scatter(
@@ -29,8 +29,7 @@ def scatter(
     if where is not None:
         flat = jnp.where(where, flat, x.size)
     values = jnp.broadcast_to(values, flat.shape)
-    target = x.reshape(-1).at[flat]
-    return target.set(values, mode="drop", wrap_negative_indices=False).reshape(x.shape)
+    return x.reshape(-1).at[flat].set(values, mode="drop").reshape(x.shape)
 
 
 def permute(x: Shaped[Array, "R n"], target: Int32[Array, "R n"]) -> Shaped[Array, "R n"]:
