@@ -123,14 +123,10 @@ def select(
         return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores), start)
-    settings = _Settings(num_selected, sliding_window, segment_ids is not None)
+    settings = _Settings(num_selected, sliding_window, chunk_size, segment_ids is not None)
     by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
     documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
-    cutoff_score, cutoff_index, tau, lifetimes = _thresholds(settings, by_row, documents)
-    candidates = chunk_lists(
-        lifetimes, num_selected=num_selected, window=sliding_window, chunk_size=chunk_size
-    )
-    selection = (cutoff_score, cutoff_index, tau, lifetimes, candidates)
+    selection = _select_by_row(settings, by_row, documents)
 
     def unfold(x):
         return jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
@@ -215,19 +211,18 @@ def first_query(
 class _Settings(NamedTuple):
     num_selected: int
     window: int
+    chunk_size: int
     packed: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _thresholds(settings, scores, documents):
-    """Cutoff score and index, tau, and every key's lifetime; a row a sequence and KV head."""
+def _select_by_row(settings, scores, documents):
+    """The fields of `Selection`; a row a sequence and KV head."""
     start, end = documents
     length = scores.shape[1]
     is_finite = jnp.isfinite(scores)
     finite = jnp.where(is_finite, scores, 0.0)
     rooms = capacities(settings.num_selected, length)
-    searches = [lambda: _search(settings, finite, start, end)]
-    chosen = 0
     counted = [~is_finite]
     if rooms:
         keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
@@ -235,27 +230,53 @@ def _thresholds(settings, scores, documents):
         )
         counted.append(keep)
     # Both at once: a prefix sum takes a GPU several launches.
-    num_bad, *others = jnp.cumsum(jnp.stack(counted), axis=2, dtype=jnp.int32)
-    if rooms:
-        (num_kept,) = others
-        for room in reversed(rooms):
-            # The smallest suffices nearly always, of those that are left the next.
-            effort = {"at_once": room in rooms[:2], "unroll": room == rooms[0]}
-            search = functools.partial(_search_kept, settings, room, **effort)
-            searches.append(functools.partial(search, finite, keep, num_kept, start, end))
-        chosen = jnp.sum(jnp.max(num_kept[:, -1]) <= np.array(rooms), dtype=jnp.int32)
-    tau, kth, lifetimes = jax.lax.switch(chosen, searches)
+    num_bad, *num_kept = jnp.cumsum(jnp.stack(counted), axis=2, dtype=jnp.int32)
 
-    stop = _pool_end(settings.window, start)
-    row = rows_of(scores)
-    everything = stop - start <= settings.num_selected
-    cutoff_index = jnp.where(everything, length, kth)
-    bad = jnp.pad(num_bad, ((0, 0), (1, 0)))
-    has_bad = gather(bad, row, stop) > gather(bad, row, start)
-    poison = jnp.where(has_bad, jnp.nan, 0.0)
-    cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, row, kth)) + poison
-    tau = jnp.where(everything, -jnp.inf, tau) + poison
-    return cutoff_score, cutoff_index, tau, lifetimes
+    def complete(tau, kth, lifetimes):
+        stop = _pool_end(settings.window, start)
+        row = rows_of(scores)
+        everything = stop - start <= settings.num_selected
+        cutoff_index = jnp.where(everything, length, kth)
+        bad = jnp.pad(num_bad, ((0, 0), (1, 0)))
+        has_bad = gather(bad, row, stop) > gather(bad, row, start)
+        poison = jnp.where(has_bad, jnp.nan, 0.0)
+        cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, row, kth)) + poison
+        tau = jnp.where(everything, -jnp.inf, tau) + poison
+        candidates = chunk_lists(
+            lifetimes,
+            num_selected=settings.num_selected,
+            window=settings.window,
+            chunk_size=settings.chunk_size,
+        )
+        return cutoff_score, cutoff_index, tau, lifetimes, candidates
+
+    if not rooms:
+        return complete(*_search(settings, finite, start, end))
+    return _in_rooms(settings, rooms, finite, keep, *num_kept, start, end, complete)
+
+
+def _in_rooms(settings, rooms, scores, keep, up_to, start, end, complete):
+    """`complete` of `_search` in the smallest room that all kept keys of every row fit in.
+
+    A GPU idles while its host waits to learn what is to be done and launches it. So all is done in
+    the smallest room before that, which nearly always suffices.
+    """
+    smallest, *larger = rooms
+    first = functools.partial(_search_kept, settings, smallest, at_once=True, unroll=True)
+    kept = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
+    found = complete(*first(scores, *kept, start, end))
+    most = jnp.max(up_to[:, -1])
+
+    def search_further(state):
+        searches = [lambda: _search(settings, scores, start, end)]
+        for room in reversed(larger):
+            search = functools.partial(_search_kept, settings, room, at_once=room == larger[0])
+            searches.append(functools.partial(search, scores, keep, up_to, start, end))
+        chosen = jnp.sum(most <= np.array(larger, np.int32), dtype=jnp.int32)
+        return state[0] | True, complete(*jax.lax.switch(chosen, searches))
+
+    # A loop that is not entered hands its state on as it is; a branch would copy it.
+    return jax.lax.while_loop(lambda state: ~state[0], search_further, (most <= smallest, found))[1]
 
 
 def _pool_end(window, start):
@@ -341,12 +362,12 @@ def _running(
     return jax.lax.associative_scan(combine, (start, x))[1]
 
 
-def _thresholds_fwd(settings, scores, documents):
-    outputs = _thresholds(settings, scores, documents)
+def _select_by_row_fwd(settings, scores, documents):
+    outputs = _select_by_row(settings, scores, documents)
     return outputs, (scores, outputs[2], documents)
 
 
-def _thresholds_bwd(settings, residuals, cotangents):
+def _select_by_row_bwd(settings, residuals, cotangents):
     scores, tau, documents = residuals
     gradient = jax.vmap(functools.partial(_tau_gradient, settings.window))
     return gradient(scores, tau, cotangents[2], *documents), None
@@ -383,4 +404,4 @@ def _tau_gradient(window, scores, tau, g, start, end):
     return jnp.where(dropped > unsaturated, gradient, 0.0)
 
 
-_thresholds.defvjp(_thresholds_fwd, _thresholds_bwd)
+_select_by_row.defvjp(_select_by_row_fwd, _select_by_row_bwd)
