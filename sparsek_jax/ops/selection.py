@@ -256,27 +256,30 @@ def _select_by_row(settings, scores, documents):
 
 
 def _in_rooms(settings, rooms, scores, keep, up_to, start, end, complete):
-    """`complete` of `_search` in the smallest room that all kept keys of every row fit in.
+    """`complete` of what `_search` finds, in the smallest room that every row's kept keys fit in.
 
-    A GPU idles while its host waits to learn what is to be done and launches it. So all is done in
-    the smallest room before that, which nearly always suffices.
+    If they fit in none, among all keys. A GPU idles while its host waits to learn what is to be
+    done and launches it, so all is done in the smallest room before that: nearly always it
+    suffices.
     """
     smallest, *larger = rooms
-    first = functools.partial(_search_kept, settings, smallest, at_once=True, unroll=True)
-    kept = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
-    found = complete(*first(scores, *kept, start, end))
     most = jnp.max(up_to[:, -1])
+    # Keys that do not fit are cut off, to stay in bounds. What is found without them is not used.
+    fitting = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
+    found = complete(
+        *_search_kept(settings, smallest, scores, *fitting, start, end, at_once=True, unroll=True)
+    )
 
-    def search_further(state):
+    def search_further(_):
         searches = [lambda: _search(settings, scores, start, end)]
         for room in reversed(larger):
             search = functools.partial(_search_kept, settings, room, at_once=room == larger[0])
             searches.append(functools.partial(search, scores, keep, up_to, start, end))
         chosen = jnp.sum(most <= np.array(larger, np.int32), dtype=jnp.int32)
-        return state[0] | True, complete(*jax.lax.switch(chosen, searches))
+        return jnp.minimum(most, smallest), complete(*jax.lax.switch(chosen, searches))
 
     # A loop that is not entered hands its state on as it is; a branch would copy it.
-    return jax.lax.while_loop(lambda state: ~state[0], search_further, (most <= smallest, found))[1]
+    return jax.lax.while_loop(lambda state: state[0] > smallest, search_further, (most, found))[1]
 
 
 def _pool_end(window, start):

@@ -180,6 +180,27 @@ def test_rows_and_heads_are_independent():
             np.testing.assert_array_equal(alone.candidates[0, :, 0], together.candidates[b, :, h])
 
 
+def test_rows_that_need_different_room():
+    length, k, window = 256, 2, 5
+    needed = {0: 0, 30: 1, 100: 2, 250: 3}  # The last: all keys.
+    select_alone = jax.jit(jax.vmap(lambda row: select(row[None, :, None], k, window)))
+    # How many of a row's last keys score higher and higher, and so are all kept by pruning.
+    for rising in ((0, 0, 0, 0), (0, 30, 0, 0), (0, 30, 100, 0), (30, 250, 100, 0)):
+        rise = np.arange(length) - length + np.array(rising)[:, None]
+        rows = make_scores("falling", length) + np.maximum(rise, 0).astype(np.float32)
+        starts = jnp.zeros(length, jnp.int32)
+        kept = [np.sum(may_matter(row, starts, k)) for row in rows]
+        assert [np.searchsorted(capacities(k, length), n) for n in kept] == [
+            needed[x] for x in rising
+        ]
+        together, alone = select(rows[..., None], k, window), select_alone(rows)
+        for i, row in enumerate(rows):
+            of_batch = jax.tree.map(lambda x, i=i: x[i : i + 1], together)
+            for selection in (of_batch, jax.tree.map(lambda x, i=i: x[i], alone)):
+                documents = np.zeros(length, int)
+                check_against_oracle(row, selection, k, window, documents, range(length))
+
+
 def test_packing_does_not_change_a_document():
     scores = make_scores("gaussian", 120)
     segment_ids = np.repeat(np.arange(3, dtype=np.int32), 40)
@@ -222,14 +243,17 @@ def test_gradient_of_the_gates(kind, window):
     assert np.linalg.norm(gradient - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(("size", "k"), [(30, 4), (64, 2)])  # Of the latter some keys are pruned.
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_non_finite_score_marks_its_pool_only(bad):
-    scores = make_scores("gaussian", 60)
-    clean = select(scores[None, :, None], 4, 2, np.repeat([0, 1], 30)[None]).tau[0, :, 0]
-    scores[40] = bad
-    tau = select(scores[None, :, None], 4, 2, np.repeat([0, 1], 30)[None]).tau[0, :, 0]
-    np.testing.assert_array_equal(np.isnan(tau), np.arange(60) >= 42)
-    np.testing.assert_array_equal(tau[:42], clean[:42])
+def test_non_finite_score_marks_its_pool_only(bad, size, k):
+    scores = make_scores("gaussian", 2 * size)
+    ids = np.repeat([0, 1], size)[None]
+    clean = select(scores[None, :, None], k, 2, ids).tau[0, :, 0]
+    at = size + 10
+    scores[at] = bad
+    tau = select(scores[None, :, None], k, 2, ids).tau[0, :, 0]
+    np.testing.assert_array_equal(np.isnan(tau), np.arange(2 * size) >= at + 2)
+    np.testing.assert_array_equal(tau[: at + 2], clean[: at + 2])
 
 
 @pytest.mark.parametrize("is_packed", [False, True])

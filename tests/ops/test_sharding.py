@@ -56,6 +56,11 @@ def tau(scores, segment_ids=segment_ids):
 
 check(lambda z, k: sparsek(z, k, axis=1), (P("data"), P()), scores, np.float32(4.5))
 check(lambda scores: tau(scores, None), (P("data"),), scores)
+# Of so many keys some are pruned, of those that rise not enough for the first room.
+rise = np.array([0, 0.1])[:, None, None] * np.arange(128)[:, None]
+longer = jax.random.normal(jax.random.key(0), (2, 128, 1)) + rise
+few = lambda z: jax.numpy.maximum(causal_selection(z, num_selected=2).tau, -9.0)
+check(few, (P("data"),), longer)
 one_row = scores[:1]
 by_row = jax.shard_map(tau, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
 ids = segment_ids[:2]
