@@ -1,18 +1,11 @@
 """Thresholds of all prefixes of a row at once, by walking one tree of sorted scores.
 
-The gates of a pool sum up to f(x) = sum of clip(u - x, 0, 1), and f(tau) = k. As
-clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x), let every key contribute the breakpoint u with
-weight +1 and the breakpoint u - 1 with weight -1. Then f(x) is the sum of weight * (b - x) over the
-breakpoints b > x: piecewise linear and falling.
-
-All breakpoints are sorted, documents one after the other. A node of the tree is a range of ranks,
-its children cut it into eighths, and it holds its breakpoints in order of position. A query goes
+All breakpoints are sorted (ops/breakpoints.py). A node of the tree is a range of ranks, its
+children cut it into eighths, and it holds its breakpoints in order of position. A query goes
 from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
 of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
 in between are added on the spot.
 
-Sums are integers in fixed point, so differences of prefix sums are exact and no query depends on
-another one's rounding.
 """
 
 import functools
@@ -24,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from sparsek_jax.ops.breakpoints import Sums, excess, is_positive, sort_breakpoints, tau_at
 from sparsek_jax.ops.indexing import gather, permute, rows_of
 from sparsek_jax.ops.tracing import varying_like
 
@@ -35,20 +29,6 @@ _FEW = 64  # nodes, or ranks of a node, that are all looked at to order a level 
 # What is summed over breakpoints, on the first axis of `columns`: how many they are, how many keys
 # they open (the others close one), and their weighted values in fixed point, as high and low parts.
 _COUNT, _OPENED, _HIGH, _LOW = range(4)
-
-
-def _fixed_point(u: Float[Array, "*n"], bits: int) -> tuple[Int32[Array, "*n"], Int32[Array, "*n"]]:
-    """Writes u as `high * 2^-bits + low * 4^-bits`: 0 <= low < 2^bits, high modulo 2^32."""
-    magnitude = jnp.fmod(jnp.abs(u), 2.0 ** (32 - bits)) * 2.0**bits
-    whole = jnp.floor(magnitude)
-    high = whole.astype(jnp.uint32).astype(jnp.int32)
-    low = jnp.floor((magnitude - whole) * 2.0**bits).astype(jnp.int32)
-    borrow = (low > 0).astype(jnp.int32)
-    negative = u < 0
-    return (
-        jnp.where(negative, -high - borrow, high),
-        jnp.where(negative, (borrow << bits) - low, low),
-    )
 
 
 class _Level(NamedTuple):
@@ -238,27 +218,17 @@ def thresholds_of_prefixes(
       tau, meaningless where the pool holds no more than k keys, and the position of the k-th key in
       the order (score descending, index ascending), meaningless where it holds fewer.
     """
-    num_rows, length = u.shape
+    length = u.shape[1]
     size = 2 * length
     depth = -(-max((size - 1).bit_length(), 1) // _DIGIT_BITS)
-    # `length` numbers below 2^bits add up within an int32. All integer arithmetic here is modulo
-    # 2^32; only f - k, which fits, is ever read as a number.
-    bits = min(15, 31 - max(length - 1, 1).bit_length())
     k = min(num_selected, length - 1)
 
-    breakpoints = jnp.stack([u, u - 1.0], -1).reshape(num_rows, size)
-    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), breakpoints.shape)
+    breakpoints = sort_breakpoints(u, start, packed=packed)
+    _, order, ranks, high, low, bits = breakpoints
     row = rows_of(u)
-    # Stable, so ties stay in order of position.
-    keys = (-breakpoints,)
-    if packed:
-        keys = (jnp.repeat(start, 2, axis=1), *keys)
-    *_, order = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
-    ranks = permute(ids, order)
-    weight = 1 - 2 * (order & 1)
-    high, low = _fixed_point(gather(u, row, order >> 1), bits)
-    high -= (order & 1) << bits
-    by_rank = jnp.stack([jnp.ones_like(order), (order & 1) ^ 1, weight * high, weight * low])
+    closes = order & 1
+    weight = 1 - 2 * closes
+    by_rank = jnp.stack([jnp.ones_like(order), closes ^ 1, weight * high, weight * low])
 
     first, stop = 2 * start, 2 * end
     entered = jnp.broadcast_to(2 * jnp.arange(1, size // 2 + 1, dtype=jnp.int32), u.shape)
@@ -268,14 +238,9 @@ def thresholds_of_prefixes(
     sums = [jnp.broadcast_to(x, u.shape) for x in sums]
     opened = sums[_OPENED]
 
-    def excess(sums, rank):
-        """Fixed-point f - k at the breakpoint of a rank, from the sums over those before."""
-        rank = jnp.minimum(rank, size - 1)
-        slope = 2 * sums[_OPENED] - sums[_COUNT]
-        return (
-            sums[_HIGH] - slope * gather(high, row, rank) - (k << bits),
-            sums[_LOW] - slope * gather(low, row, rank),
-        )
+    def with_slope(sums):
+        count, opened, high, low = sums
+        return Sums(2 * opened - count, high, low)
 
     def descend(level, state):
         to_tau, sums, to_kth, opened = state
@@ -285,9 +250,10 @@ def thresholds_of_prefixes(
 
         def exceeds_k(child):
             rank = to_tau.base + (child << level.shift)
-            excess_high, excess_low = excess(sums_before(child), rank)
-            carried = excess_high + (excess_low >> bits)
-            exceeds = (carried > 0) | ((carried == 0) & (excess_low & ((1 << bits) - 1) != 0))
+            at = jnp.minimum(rank, size - 1)
+            value = gather(high, row, at), gather(low, row, at)
+            excess_over_k = excess(with_slope(sums_before(child)), *value, k, bits)
+            exceeds = is_positive(*excess_over_k, bits)
             return (rank > first) & ((rank >= stop) | exceeds)
 
         def holds_k(child):
@@ -319,13 +285,12 @@ def thresholds_of_prefixes(
 
     _, (to_tau, sums, to_kth, _) = jax.lax.fori_loop(0, depth, step, state, unroll=unroll)
 
-    # f is at most k at the breakpoint of this rank, and linear from it to the next, where it
-    # exceeds k. At a corner of f, and at the lower end of a flat piece, tau is the breakpoint.
     rank, inside = to_tau
-    excess_high, excess_low = (x.astype(jnp.float32) for x in excess(sums, rank))
-    missing = -(excess_high * 2.0**-bits + excess_low * 4.0**-bits)
-    slope = 2 * sums[_OPENED] - sums[_COUNT] + jnp.where(inside > 0, gather(weight, row, rank), 0)
-    tau = gather(breakpoints, row, gather(order, row, rank))
-    tau -= missing / jnp.maximum(slope, 1).astype(jnp.float32)
+    sums = with_slope(sums)
+    value = gather(high, row, rank), gather(low, row, rank)
+    which = gather(order, row, rank)
+    slope = sums.slope + jnp.where(inside > 0, gather(weight, row, rank), 0)
+    beta = gather(u, row, which >> 1) - (which & 1).astype(u.dtype)
+    tau = tau_at(beta, excess(sums, *value, k, bits), slope, bits)
     kth = gather(order, row, jnp.minimum(to_kth.base, size - 1)) >> 1
     return tau, kth

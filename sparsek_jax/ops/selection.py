@@ -104,15 +104,19 @@ def causal_selection(
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def select(
     scores: Float[Array, "B T K"],
     segment_ids: Int[Array, "B T"] | None,
     num_selected: int,
     sliding_window: int,
     chunk_size: int,
+    thresholds: Callable[..., tuple[Array, Array]] = thresholds_of_prefixes,
 ) -> Selection:
-    """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`."""
+    """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`.
+
+    `thresholds` finds those of all prefixes; arguments and results are as of its default.
+    """
     batch, length, _ = scores.shape
     start, end = document_bounds(segment_ids, batch, length)
     scores = scores.astype(jnp.float32)
@@ -123,7 +127,8 @@ def select(
         return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores), start)
-    settings = _Settings(num_selected, sliding_window, chunk_size, segment_ids is not None)
+    packed = segment_ids is not None
+    settings = _Settings(num_selected, sliding_window, chunk_size, packed, thresholds)
     by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
     documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
     selection = _select_by_row(settings, by_row, documents)
@@ -213,6 +218,7 @@ class _Settings(NamedTuple):
     window: int
     chunk_size: int
     packed: bool
+    thresholds: Callable[..., tuple[Array, Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -308,8 +314,9 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
     num_kept = up_to[:, -1:]
     position = jax.lax.empty((num_rows, room), jnp.int32)
     position = scatter(position, (row, up_to - 1), ids, where=keep)
-    # What is left of the room is a document that nobody asks for.
-    is_free = jnp.arange(room, dtype=jnp.int32) >= num_kept
+    # What is left of the room are documents of one key each, that nobody asks for.
+    slots = jnp.arange(room, dtype=jnp.int32)
+    is_free = slots >= num_kept
     position = jnp.where(is_free, length - 1, position)
     if settings.packed:
         ends = gather(up_to, row, gather(end, row, position) - 1)
@@ -317,10 +324,10 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
         starts = gather(up_to, row, starts) - gather(keep, row, starts)
     else:
         starts, ends = jnp.int32(0), num_kept
-    starts = jnp.where(is_free, num_kept, starts)
-    ends = jnp.where(is_free, room, ends)
+    starts = jnp.where(is_free, slots, starts)
+    ends = jnp.where(is_free, slots + 1, ends)
 
-    # Behind all others when sorted, as its document comes last.
+    # Behind all others when sorted, as their documents come last.
     kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))
 
     # Thresholds change only where a kept key enters, so these are all there are.
@@ -338,7 +345,7 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
 
 def _at_entries(settings, scores, start, end, **effort):
     """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
-    tau, kth = thresholds_of_prefixes(
+    tau, kth = settings.thresholds(
         scores, start, end, settings.num_selected, packed=settings.packed, **effort
     )
     entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start

@@ -3,6 +3,7 @@
 Their results are checked on a GPU, by the suite that all implementations share.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,17 +12,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sparsek_jax import sparsek_attention
 from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
+from sparsek_jax.ops.breakpoints import Sums
+from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.gating import GATINGS
+from sparsek_jax.ops.mosaic_gpu import select_for_kernels, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
 from sparsek_jax.ops.mosaic_gpu.spans import tile_span
 from sparsek_jax.ops.mosaic_gpu.tile import tile_cotangents, tile_gates
+from sparsek_jax.ops.selection import document_bounds, select
+from tests.ops.test_selection import SCORES, make_scores, packed
 
 CONFIG = Settings(
     chunk_size=128,
@@ -187,7 +194,7 @@ def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, pa
     export = jax.export.export(jax.jit(gradients), platforms=["cuda"])
     module = export(query, key, key, scores, segment_ids).mlir_module()
     # Forward, query, two key kernels, and the sums over chunks.
-    assert module.count("mosaic_gpu_v2") >= 5
+    assert module.count("mosaic_gpu_v2") >= 6
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 7])
@@ -218,6 +225,69 @@ def test_sums_over_chunks(num_chunks):
         np.testing.assert_allclose(
             np.asarray(x, np.float64).reshape(total.shape), total, rtol=tolerance, atol=tolerance
         )
+
+
+def walk_as_a_loop(settings, *inputs):
+    """`walk` on any device, chunk after chunk."""
+    operands, treedef = jax.tree.flatten(inputs)
+    num_rows, num_chunks = inputs[2].rank.shape
+
+    def kernel(*refs):
+        inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
+        rows, to_tau, to_kth = inputs
+        place = pl.program_id(0), pl.program_id(1)
+        walk.walk_to_tau(settings, rows, to_tau, *place, outs[:-1])
+        walk.walk_to_kth(settings, rows, to_kth, *place, outs[-1])
+
+    shapes = [jax.ShapeDtypeStruct((num_rows, settings.length), jnp.int32)] * 5
+    call = pl.pallas_call(kernel, out_shape=shapes, grid=(num_rows, num_chunks), interpret=True)
+    below, *sums, kth = call(*operands)
+    return below, Sums(*sums), kth
+
+
+def check_walk(scores, segment_ids, k):
+    """Thresholds of pools of more than k keys equal those that the tree finds."""
+    bounds = document_bounds(segment_ids, *scores.shape)
+    is_packed = segment_ids is not None
+    found, expected = (
+        jax.jit(functools.partial(search, packed=is_packed), static_argnums=3)(scores, *bounds, k)
+        for search in (thresholds.thresholds_by_walking, thresholds_of_prefixes)
+    )
+    asked = np.arange(scores.shape[1]) - np.asarray(bounds[0]) >= k
+    np.testing.assert_array_equal(np.asarray(found[1])[asked], np.asarray(expected[1])[asked])
+    # Both are rounded.
+    tau = (np.asarray(x[0])[asked] for x in (found, expected))
+    np.testing.assert_allclose(*tau, rtol=3e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize(("length", "k"), [(1, 1), (40, 6), (600, 20), (700, 1)])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
+    monkeypatch.setattr(thresholds, "walk", walk_as_a_loop)
+    scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
+    segment_ids = jnp.broadcast_to(packed(length), scores.shape) if is_packed else None
+    check_walk(scores, segment_ids, k)
+
+
+def test_walking_in_warps():
+    scores = jnp.asarray(make_scores("gaussian", 70)[None])
+    with plgpu.force_gpu_interpret_mode():
+        check_walk(scores, None, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["gaussian", "rising", "tied", "heavy_tailed"])
+@pytest.mark.parametrize("length", [5000, 40000])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_selects_what_other_devices_do(kind, length, is_packed):
+    scores = jnp.asarray(make_scores(kind, 3 * length).reshape(1, length, 3))
+    segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
+    settings = {"num_selected": 300, "sliding_window": 10}
+    found = jax.jit(functools.partial(select_for_kernels, **settings))(scores, segment_ids)
+    expected = select(scores, segment_ids, *settings.values(), found.chunk_size)
+    np.testing.assert_allclose(found.tau, expected.tau, rtol=3e-7, atol=3e-7)
+    found, expected = (dataclasses.replace(x, tau=jnp.zeros(())) for x in (found, expected))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.gpu
@@ -282,7 +352,7 @@ def test_lowers_inside_shard_map(shared):
     key = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
     scores = jax.ShapeDtypeStruct((4, 256, 1 if shared else 4), jnp.float32)
     exported = jax.export.export(jax.jit(gradients), platforms=["cuda"])(query, key, key, scores)
-    assert exported.mlir_module().count("mosaic_gpu_v2") >= 5
+    assert exported.mlir_module().count("mosaic_gpu_v2") >= 6
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.forward import forward
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 from sparsek_jax.ops.mosaic_gpu.operands import LOWEST, Keys, Outcome, Settings
+from sparsek_jax.ops.mosaic_gpu.thresholds import thresholds_by_walking
 from sparsek_jax.ops.selection import Selection, select
 from sparsek_jax.ops.tracing import varying_like
 
@@ -69,7 +70,9 @@ def select_for_kernels(
     # A power of two near k, so that lists and slabs are of like size.
     chunk_size = min(max(1 << (num_selected - 1).bit_length(), BLOCK), 512)
     scores = scores.astype(jnp.float32)
-    return select(scores, segment_ids, num_selected, sliding_window, chunk_size)
+    return select(
+        scores, segment_ids, num_selected, sliding_window, chunk_size, thresholds_by_walking
+    )
 
 
 def attend_selected(

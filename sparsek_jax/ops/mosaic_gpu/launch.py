@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array
 
 from sparsek_jax.ops.mosaic_gpu.layouts import WARPGROUPS
@@ -34,6 +36,8 @@ def launch(
     """
     if specialised:
         settings |= {"num_threads": WARPGROUPS + 1, "thread_name": "warpgroup"}
-    compiled = plgpu.kernel(kernel, compiler_params=_COMPILER_PARAMS, **settings)
-    # Kernels do not say over which axes of a `shard_map` their results vary: all that inputs do.
-    return [varying_like(x, *operands) for x in compiled(*operands)]
+    call = plgpu.kernel(kernel, compiler_params=_COMPILER_PARAMS, **settings)
+    # Code of single warps refuses what varies over axes of a `shard_map`: traced without operands'
+    # types, kernels do not know of them. Their results vary over all axes that operands do.
+    traced = jax.make_jaxpr(call)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
+    return [varying_like(x, *operands) for x in jaxpr_as_fun(traced)(*operands)]
