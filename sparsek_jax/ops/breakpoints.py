@@ -1,4 +1,4 @@
-"""Breakpoints of rows of scores in order: what every search for thresholds starts from and ends in.
+"""The sum of a pool's gates in numbers that add up exactly: what every search for tau has to do.
 
 The gates of a pool sum up to f(x) = sum of clip(u - x, 0, 1), and f(tau) = k. As
 clip(u - x, 0, 1) = relu(u - x) - relu(u - 1 - x), let every key open at the breakpoint u, with
@@ -11,11 +11,8 @@ another one's rounding. They may wrap around: only f - k, which fits, is ever re
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
-
-from sparsek_jax.ops.indexing import gather, permute, rows_of
 
 
 class Sums(NamedTuple):
@@ -30,51 +27,6 @@ class Sums(NamedTuple):
     slope: Int32[Array, "*n"]
     high: Int32[Array, "*n"]
     low: Int32[Array, "*n"]
-
-
-class Breakpoints(NamedTuple):
-    """Two a key, documents one after the other and the largest first within each.
-
-    Breakpoint 2j is where key j opens, 2j + 1 where it closes.
-
-    Attributes:
-      u: Scores of the keys.
-      order: Breakpoints by rank. Ties are in order of position.
-      ranks: Their ranks.
-      high: Values in fixed point, by rank: `high * 2^-bits + low * 4^-bits`, high modulo 2^32.
-      low: 0 <= low < 2^bits.
-      bits: So few that sums over all keys fit.
-    """
-
-    u: Float[Array, "R M"]
-    order: Int32[Array, "R n"]
-    ranks: Int32[Array, "R n"]
-    high: Int32[Array, "R n"]
-    low: Int32[Array, "R n"]
-    bits: int
-
-
-def sort_breakpoints(
-    u: Float[Array, "R M"], start: Int32[Array, "R M"], *, packed: bool
-) -> Breakpoints:
-    """Sorts the breakpoints of rows.
-
-    Args:
-      u: Finite scores.
-      start: Position of the first key of every key's document.
-      packed: Whether to sort by document first. Without, scores must already fall from one document
-        to the next.
-    """
-    num_rows, length = u.shape
-    values = jnp.stack([u, u - 1.0], -1).reshape(num_rows, 2 * length)
-    ids = jnp.broadcast_to(jnp.arange(2 * length, dtype=jnp.int32), values.shape)
-    keys = (-values,)
-    if packed:
-        keys = (jnp.repeat(start, 2, axis=1), *keys)
-    *_, order = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
-    bits = resolution(length)
-    high, low = fixed_point(gather(u, rows_of(u), order >> 1), bits)
-    return Breakpoints(u, order, permute(ids, order), high - ((order & 1) << bits), low, bits)
 
 
 def resolution(length: int) -> int:
@@ -110,21 +62,28 @@ def is_positive(high: Int32[Array, "*n"], low: Int32[Array, "*n"], bits: int) ->
 
 
 def tau_at(
-    breakpoint_: Float[Array, "*n"],
-    excess_over_k: tuple[Int32[Array, "*n"], Int32[Array, "*n"]],
-    slope: Int32[Array, "*n"],
+    u: Float[Array, "*n"],
+    closes: Int32[Array, "*n"],
+    is_in_pool: Bool[Array, "*n"],
+    sums: Sums,
+    in_fixed_point: tuple[Int32[Array, "*n"], Int32[Array, "*n"]],
+    k: int,
     bits: int,
 ) -> Float[Array, "*n"]:
-    """Where f is k, from a breakpoint where it is at most that, and exceeds it at the next above.
+    """Where f is k, from a breakpoint where it is at most that, and exceeds it at the next below.
 
     Args:
-      breakpoint_: Its value.
-      excess_over_k: f - k there, in fixed point.
-      slope: Of the weights of what is above and of itself, if it is of the pool.
+      u: Score of the breakpoint's key.
+      closes: 1 if the key closes there, 0 if it opens.
+      is_in_pool: Whether the key is of the pool.
+      sums: Over the breakpoints of the pool above this one.
+      in_fixed_point: Its value, high and low part.
+      k: What f is to be.
       bits: Of fixed point.
     """
     # f is linear in between. At a corner of f, and at the lower end of a flat piece, tau is the
     # breakpoint.
-    high, low = (x.astype(jnp.float32) for x in excess_over_k)
+    high, low = (x.astype(jnp.float32) for x in excess(sums, *in_fixed_point, k, bits))
     missing = -(high * 2.0**-bits + low * 4.0**-bits)
-    return breakpoint_ - missing / jnp.maximum(slope, 1).astype(jnp.float32)
+    slope = sums.slope + jnp.where(is_in_pool, 1 - 2 * closes, 0)
+    return u - closes.astype(u.dtype) - missing / jnp.maximum(slope, 1).astype(jnp.float32)

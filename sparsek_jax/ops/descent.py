@@ -1,11 +1,10 @@
 """Thresholds of all prefixes of a row at once, by walking one tree of sorted scores.
 
-All breakpoints are sorted (ops/breakpoints.py). A node of the tree is a range of ranks, its
-children cut it into eighths, and it holds its breakpoints in order of position. A query goes
-from the root to the piece of f on which it crosses k, by sums over "the first so many breakpoints
-of a node" x "the first so many of its children". Sums are stored for every fourth breakpoint; those
-in between are added on the spot.
-
+All breakpoints (ops/breakpoints.py) are sorted, documents one after the other. A node of the tree
+is a range of ranks, its children cut it into eighths, and it holds its breakpoints in order of
+position. A query goes from the root to the piece of f on which it crosses k, by sums over "the
+first so many breakpoints of a node" x "the first so many of its children". Sums are stored for
+every fourth breakpoint; those in between are added on the spot.
 """
 
 import functools
@@ -17,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from sparsek_jax.ops.breakpoints import Sums, excess, is_positive, sort_breakpoints, tau_at
+from sparsek_jax.ops.breakpoints import (
+    Sums,
+    excess,
+    fixed_point,
+    is_positive,
+    resolution,
+    tau_at,
+)
 from sparsek_jax.ops.indexing import gather, permute, rows_of
 from sparsek_jax.ops.tracing import varying_like
 
@@ -218,16 +224,24 @@ def thresholds_of_prefixes(
       tau, meaningless where the pool holds no more than k keys, and the position of the k-th key in
       the order (score descending, index ascending), meaningless where it holds fewer.
     """
-    length = u.shape[1]
+    num_rows, length = u.shape
     size = 2 * length
     depth = -(-max((size - 1).bit_length(), 1) // _DIGIT_BITS)
-    k = min(num_selected, length - 1)
+    k, bits = min(num_selected, length - 1), resolution(length)
 
-    breakpoints = sort_breakpoints(u, start, packed=packed)
-    _, order, ranks, high, low, bits = breakpoints
+    breakpoints = jnp.stack([u, u - 1.0], -1).reshape(num_rows, size)
+    ids = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), breakpoints.shape)
     row = rows_of(u)
+    # Stable, so ties stay in order of position.
+    keys = (-breakpoints,)
+    if packed:
+        keys = (jnp.repeat(start, 2, axis=1), *keys)
+    *_, order = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
+    ranks = permute(ids, order)
     closes = order & 1
     weight = 1 - 2 * closes
+    high, low = fixed_point(gather(u, row, order >> 1), bits)
+    high -= closes << bits
     by_rank = jnp.stack([jnp.ones_like(order), closes ^ 1, weight * high, weight * low])
 
     first, stop = 2 * start, 2 * end
@@ -239,8 +253,8 @@ def thresholds_of_prefixes(
     opened = sums[_OPENED]
 
     def with_slope(sums):
-        count, opened, high, low = sums
-        return Sums(2 * opened - count, high, low)
+        count, opened, *values = sums
+        return Sums(2 * opened - count, *values)
 
     def descend(level, state):
         to_tau, sums, to_kth, opened = state
@@ -286,11 +300,9 @@ def thresholds_of_prefixes(
     _, (to_tau, sums, to_kth, _) = jax.lax.fori_loop(0, depth, step, state, unroll=unroll)
 
     rank, inside = to_tau
-    sums = with_slope(sums)
-    value = gather(high, row, rank), gather(low, row, rank)
     which = gather(order, row, rank)
-    slope = sums.slope + jnp.where(inside > 0, gather(weight, row, rank), 0)
-    beta = gather(u, row, which >> 1) - (which & 1).astype(u.dtype)
-    tau = tau_at(beta, excess(sums, *value, k, bits), slope, bits)
+    value = gather(high, row, rank), gather(low, row, rank)
+    score = gather(u, row, which >> 1)
+    tau = tau_at(score, which & 1, inside > 0, with_slope(sums), value, k, bits)
     kth = gather(order, row, jnp.minimum(to_kth.base, size - 1)) >> 1
     return tau, kth

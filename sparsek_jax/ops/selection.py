@@ -81,8 +81,8 @@ def causal_selection(
         point with a resolution of 2^-30 for T <= 65,536, coarser by four for every doubling beyond
         that. `tau` is rounded to float32, so gates are off by up to 6e-8 times its magnitude:
         scores should not share a large offset. At the ends of float32 this does not hold: subnormal
-        scores (about 1e-40) can be ordered as ties, and of scores so large that `u - 1 == u` (from
-        about 2^24 on) a selected key can get a gate of 0 instead of up to 1.
+        scores (about 1e-40) can be ordered as ties, and of scores so large that `u - 1` is not
+        exact (from 2^24 on) a selected key can get any gate.
       num_selected: k, how many keys a query keeps.
       sliding_window: w, the newest w keys (the query's own included) are not in the pool. 0: the
         pool ends at the query.
@@ -103,6 +103,9 @@ def causal_selection(
     return select(scores, segment_ids, k, min(sliding_window, length), chunk_size)
 
 
+_in_few_launches = functools.partial(thresholds_of_prefixes, at_once=True, unroll=True)
+
+
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
 def select(
@@ -111,11 +114,11 @@ def select(
     num_selected: int,
     sliding_window: int,
     chunk_size: int,
-    thresholds: Callable[..., tuple[Array, Array]] = thresholds_of_prefixes,
+    search_first_room: Callable[..., tuple[Array, Array]] = _in_few_launches,
 ) -> Selection:
     """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`.
 
-    `thresholds` finds those of all prefixes; arguments and results are as of its default.
+    `search_first_room` finds thresholds where few keys remain, as `thresholds_of_prefixes` does.
     """
     batch, length, _ = scores.shape
     start, end = document_bounds(segment_ids, batch, length)
@@ -128,7 +131,7 @@ def select(
     # Under `shard_map` documents may be split where scores are replicated.
     scores = varying_like(computed_once(scores), start)
     packed = segment_ids is not None
-    settings = _Settings(num_selected, sliding_window, chunk_size, packed, thresholds)
+    settings = _Settings(num_selected, sliding_window, chunk_size, packed, search_first_room)
     by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
     documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
     selection = _select_by_row(settings, by_row, documents)
@@ -218,7 +221,7 @@ class _Settings(NamedTuple):
     window: int
     chunk_size: int
     packed: bool
-    thresholds: Callable[..., tuple[Array, Array]]
+    search_first_room: Callable[..., tuple[Array, Array]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -273,14 +276,15 @@ def _in_rooms(settings, rooms, scores, keep, up_to, start, end, complete):
     # Keys that do not fit are cut off, to stay in bounds. What is found without them is not used.
     fitting = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
     found = complete(
-        *_search_kept(settings, smallest, scores, *fitting, start, end, at_once=True, unroll=True)
+        *_search_kept(settings, smallest, settings.search_first_room, scores, *fitting, start, end)
     )
 
     def search_further(_):
         searches = [lambda: _search(settings, scores, start, end)]
         for room in reversed(larger):
-            search = functools.partial(_search_kept, settings, room, at_once=room == larger[0])
-            searches.append(functools.partial(search, scores, keep, up_to, start, end))
+            search = functools.partial(thresholds_of_prefixes, at_once=room == larger[0])
+            arguments = settings, room, search, scores, keep, up_to, start, end
+            searches.append(functools.partial(_search_kept, *arguments))
         chosen = jnp.sum(most <= np.array(larger, np.int32), dtype=jnp.int32)
         return jnp.minimum(most, smallest), complete(*jax.lax.switch(chosen, searches))
 
@@ -300,13 +304,13 @@ def _newest(settings, start):
 
 def _search(settings, scores, start, end):
     """Finds tau and k-th key of every query whose pool exceeds k, and all keys' lifetimes."""
-    tau, kth, until, slot = _at_entries(settings, scores, start, end)
+    tau, kth, until, slot = _at_entries(settings, thresholds_of_prefixes, scores, start, end)
     row, newest = rows_of(scores), _newest(settings, start)
     until = jnp.where(until == end, end, jnp.minimum(until + settings.window, end))
     return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
 
 
-def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
+def _search_kept(settings, room, search, scores, keep, up_to, start, end):
     """`_search` among the keys marked `keep`; `up_to` counts them, at most `room` in all."""
     num_rows, length = scores.shape
     row = rows_of(scores)
@@ -314,7 +318,8 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
     num_kept = up_to[:, -1:]
     position = jax.lax.empty((num_rows, room), jnp.int32)
     position = scatter(position, (row, up_to - 1), ids, where=keep)
-    # What is left of the room are documents of one key each, that nobody asks for.
+    # What is left of the room are documents that nobody asks for, of one key each, as it takes time
+    # to find a threshold where there is one.
     slots = jnp.arange(room, dtype=jnp.int32)
     is_free = slots >= num_kept
     position = jnp.where(is_free, length - 1, position)
@@ -331,7 +336,7 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
     kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))
 
     # Thresholds change only where a kept key enters, so these are all there are.
-    tau, kth, until, slot = _at_entries(settings, kept_scores, starts, ends, **effort)
+    tau, kth, until, slot = _at_entries(settings, search, kept_scores, starts, ends)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
     # All others are dropped when they would enter the pool.
@@ -343,11 +348,9 @@ def _search_kept(settings, room, scores, keep, up_to, start, end, **effort):
     return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
 
 
-def _at_entries(settings, scores, start, end, **effort):
+def _at_entries(settings, search, scores, start, end):
     """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
-    tau, kth = settings.thresholds(
-        scores, start, end, settings.num_selected, packed=settings.packed, **effort
-    )
+    tau, kth = search(scores, start, end, settings.num_selected, packed=settings.packed)
     entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start
     tau = jnp.where(entered >= settings.num_selected, tau, -jnp.inf)
     # Exact thresholds rise already. The maximum removes the last bit's noise, so that the queries

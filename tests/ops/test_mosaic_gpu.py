@@ -27,6 +27,7 @@ from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
 from sparsek_jax.ops.mosaic_gpu.spans import tile_span
 from sparsek_jax.ops.mosaic_gpu.tile import tile_cotangents, tile_gates
+from sparsek_jax.ops.pruning import capacities
 from sparsek_jax.ops.selection import document_bounds, select
 from tests.ops.test_selection import SCORES, make_scores, packed
 
@@ -170,6 +171,8 @@ def test_tiles_cover_every_key_once(length, chunk_size, window, list_size, block
         (6, 2, 64, 100, 30, 600, "soft_weights", True, "bfloat16"),
         (4, 1, 96, 7, 9, 65, "soft", True, "float16"),
         (2, 2, 60, 64, 64, 300, "soft", False, "float16"),
+        (2, 1, 64, 64, 64, 2048, "soft", False, "bfloat16"),
+        (2, 1, 64, 64, 64, 2048, "soft", True, "bfloat16"),
     ],
 )
 def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, packed, dtype):
@@ -193,8 +196,8 @@ def test_lowers_to_cuda(heads, kv_heads, head_dim, k, window, length, gating, pa
     segment_ids = jax.ShapeDtypeStruct((2, length), jnp.int32) if packed else None
     export = jax.export.export(jax.jit(gradients), platforms=["cuda"])
     module = export(query, key, key, scores, segment_ids).mlir_module()
-    # Forward, query, two key kernels, and the sums over chunks.
-    assert module.count("mosaic_gpu_v2") >= 6
+    # Forward, query, two key kernels, and the sums over chunks; the walk, if keys are pruned.
+    assert module.count("mosaic_gpu_v2") >= 5 + bool(capacities(min(k, length), length))
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3, 7])
@@ -246,17 +249,18 @@ def walk_as_a_loop(settings, *inputs):
 
 
 def check_walk(scores, segment_ids, k):
-    """Thresholds of pools of more than k keys equal those that the tree finds."""
+    """Thresholds equal those that the tree finds, of all pools where they are used."""
     bounds = document_bounds(segment_ids, *scores.shape)
     is_packed = segment_ids is not None
     found, expected = (
         jax.jit(functools.partial(search, packed=is_packed), static_argnums=3)(scores, *bounds, k)
         for search in (thresholds.thresholds_by_walking, thresholds_of_prefixes)
     )
-    asked = np.arange(scores.shape[1]) - np.asarray(bounds[0]) >= k
-    np.testing.assert_array_equal(np.asarray(found[1])[asked], np.asarray(expected[1])[asked])
+    num_older = np.arange(scores.shape[1]) - np.asarray(bounds[0])
+    has_k, exceeds_k = num_older >= min(k, scores.shape[1] - 1) - 1, num_older >= k
+    np.testing.assert_array_equal(np.asarray(found[1])[has_k], np.asarray(expected[1])[has_k])
     # Both are rounded.
-    tau = (np.asarray(x[0])[asked] for x in (found, expected))
+    tau = (np.asarray(x[0])[exceeds_k] for x in (found, expected))
     np.testing.assert_allclose(*tau, rtol=3e-7, atol=3e-7)
 
 
@@ -267,6 +271,81 @@ def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
     scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
     segment_ids = jnp.broadcast_to(packed(length), scores.shape) if is_packed else None
     check_walk(scores, segment_ids, k)
+
+
+class _Bounded:
+    """An array of which nothing out of bounds is read or written, and nothing is written twice."""
+
+    def __init__(self, x):
+        self.x, self.written = np.array(x), np.zeros(np.shape(x), bool)
+
+    def at(self, index):
+        index = tuple(int(i) for i in index)
+        assert all(0 <= i < n for i, n in zip(index, self.x.shape, strict=True))
+        return index
+
+    def __getitem__(self, index):
+        return jnp.asarray(self.x[self.at(index)])
+
+    def __setitem__(self, index, value):
+        index = self.at(index)
+        assert not self.written[index]
+        self.x[index], self.written[index] = value, True
+
+    @property
+    def shape(self):
+        return self.x.shape
+
+
+def walk_in_bounds(settings, *inputs):
+    """`walk` step by step."""
+    rows, to_tau, to_kth = jax.tree.map(_Bounded, inputs)
+    outs = [_Bounded(jnp.zeros_like(inputs[0].rank)) for _ in range(5)]
+    with jax.disable_jit():
+        for row, chunk in np.ndindex(to_kth.rank.shape):
+            walk.walk_to_tau(settings, rows, to_tau, row, jnp.int32(chunk), outs[:-1])
+            walk.walk_to_kth(settings, rows, to_kth, row, jnp.int32(chunk), outs[-1])
+    assert all(np.all(out.written) for out in outs)
+    below, *sums, kth = (jnp.asarray(out.x) for out in outs)
+    return below, Sums(*sums), kth
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "tied", "near_constant"])
+def test_walking_stays_in_bounds(monkeypatch, kind):
+    monkeypatch.setattr(thresholds, "walk", walk_in_bounds)
+    monkeypatch.setattr(walk, "_FAR", 3)
+    for name in ("_CHUNK", "_STRETCH"):
+        monkeypatch.setattr(thresholds, name, 4)
+    scores = jnp.asarray(make_scores(kind, 30)[None])
+    segment_ids = jnp.asarray(packed(30))[None]
+    bounds = document_bounds(segment_ids, *scores.shape)
+    found, expected = (
+        search(scores, *bounds, 3, packed=True)
+        for search in (thresholds.thresholds_by_walking, thresholds_of_prefixes)
+    )
+    asked = np.arange(30) - np.asarray(bounds[0]) >= 3
+    np.testing.assert_array_equal(np.asarray(found[1])[asked], np.asarray(expected[1])[asked])
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
+    calls = []
+    monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_as_a_loop(*x))
+    length = 3000
+    scores = np.stack([make_scores(kind, length) for kind in ("gaussian", "heavy_tailed")], -1)
+    scores[50, 0] = np.nan
+    segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
+    settings = {"num_selected": 20, "sliding_window": 10}
+    found = select_for_kernels(jnp.asarray(scores)[None], segment_ids, **settings)
+    assert len(calls) == 1
+    expected = select(jnp.asarray(scores)[None], segment_ids, *settings.values(), found.chunk_size)
+    check_selections(found, expected)
+
+
+def check_selections(found, expected):
+    np.testing.assert_allclose(found.tau, expected.tau, rtol=3e-7, atol=3e-7)
+    found, expected = (dataclasses.replace(x, tau=jnp.zeros(())) for x in (found, expected))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_walking_in_warps():
@@ -285,9 +364,7 @@ def test_selects_what_other_devices_do(kind, length, is_packed):
     settings = {"num_selected": 300, "sliding_window": 10}
     found = jax.jit(functools.partial(select_for_kernels, **settings))(scores, segment_ids)
     expected = select(scores, segment_ids, *settings.values(), found.chunk_size)
-    np.testing.assert_allclose(found.tau, expected.tau, rtol=3e-7, atol=3e-7)
-    found, expected = (dataclasses.replace(x, tau=jnp.zeros(())) for x in (found, expected))
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    check_selections(found, expected)
 
 
 @pytest.mark.gpu
@@ -348,9 +425,11 @@ def test_lowers_inside_shard_map(shared):
 
         return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
 
-    query = jax.ShapeDtypeStruct((4, 256, 8, 64), jnp.bfloat16)
-    key = jax.ShapeDtypeStruct((4, 256, 4, 64), jnp.bfloat16)
-    scores = jax.ShapeDtypeStruct((4, 256, 1 if shared else 4), jnp.float32)
+    length = 2048
+    assert capacities(64, length)
+    query = jax.ShapeDtypeStruct((4, length, 8, 64), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((4, length, 4, 64), jnp.bfloat16)
+    scores = jax.ShapeDtypeStruct((4, length, 1 if shared else 4), jnp.float32)
     exported = jax.export.export(jax.jit(gradients), platforms=["cuda"])(query, key, key, scores)
     assert exported.mlir_module().count("mosaic_gpu_v2") >= 6
 

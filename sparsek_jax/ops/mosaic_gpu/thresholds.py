@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from sparsek_jax.ops.breakpoints import Sums, excess, fixed_point, resolution, tau_at
+from sparsek_jax.ops.breakpoints import Sums, fixed_point, resolution, tau_at
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.indexing import gather, permute, rows_of
 from sparsek_jax.ops.mosaic_gpu.walk import KthPlace, Place, SortedRows, WalkSettings, walk
@@ -28,16 +28,15 @@ def thresholds_by_walking(
     num_selected: int,
     *,
     packed: bool,
-    **effort: bool,
 ) -> tuple[Float[Array, "R M"], Int32[Array, "R M"]]:
     """`thresholds_of_prefixes` (ops/descent.py), which it leaves rows of more than 2^15 keys to.
 
-    Asked for pools of more than k keys, it finds the same k-th keys, and the same tau up to
-    rounding: the order among keys that close at equal values is another.
+    The k-th keys are the same, of pools of k keys and more. tau is the same up to rounding: the
+    order among breakpoints of equal values is another.
     """
     length = u.shape[1]
     if length > 1 << _HALF - 1:
-        return thresholds_of_prefixes(u, start, end, num_selected, packed=packed, **effort)
+        return thresholds_of_prefixes(u, start, end, num_selected, packed=packed)
     settings = WalkSettings(
         min(num_selected, length - 1),
         length,
@@ -47,17 +46,13 @@ def thresholds_by_walking(
     rows = _sort(u, start, end, settings.bits, packed=packed)
     below, sums, kth = walk(settings, rows, *_begins(settings, rows))
 
-    # f is at most k at the breakpoint below tau, as sums over those above it tell.
+    # f is at most k at the breakpoint right below the place.
     row = rows_of(u)
     rank, closes = below >> 1, below & 1
     value = gather(rows.high, row, rank) - (closes << settings.bits), gather(rows.low, row, rank)
-    inside = gather(rows.key, row, rank) <= jnp.arange(length, dtype=jnp.int32)
-    tau = tau_at(
-        gather(rows.u, row, rank) - closes.astype(u.dtype),
-        excess(sums, *value, settings.k, settings.bits),
-        sums.slope + jnp.where(inside, 1 - 2 * closes, 0),
-        settings.bits,
-    )
+    is_in_pool = gather(rows.key, row, rank) <= jnp.arange(length, dtype=jnp.int32)
+    score = gather(rows.u, row, rank)
+    tau = tau_at(score, closes, is_in_pool, sums, value, settings.k, settings.bits)
     return tau, gather(rows.key, row, kth)
 
 

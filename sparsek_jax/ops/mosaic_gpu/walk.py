@@ -143,9 +143,10 @@ def walk(
     operands, treedef = jax.tree.flatten((rows, to_tau, to_kth))
     num_rows, num_chunks = to_kth.rank.shape
 
+    # The kernel's name comes from this one, and benchmarks/attention.py knows it.
     def walks(*refs):
         inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
-        row, group, threshold = (lax.axis_index(x) for x in ("row", "group", "threshold"))
+        threshold, group, row = (lax.axis_index(x) for x in ("threshold", "group", "row"))
 
         def by_warp():
             chunk = group * _WARPS + lax.axis_index("warp")
@@ -163,8 +164,9 @@ def walk(
     below, *sums, kth = launch(
         walks,
         out_type=[jax.ShapeDtypeStruct(rows.rank.shape, jnp.int32)] * 5,
-        grid=(num_rows, -(-num_chunks // _WARPS), 2),
-        grid_names=("row", "group", "threshold"),
+        # Rows last: only of these there may be more than 65,535.
+        grid=(2, -(-num_chunks // _WARPS), num_rows),
+        grid_names=("threshold", "group", "row"),
         operands=tuple(operands),
     )
     return below, Sums(*sums), kth
