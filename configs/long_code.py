@@ -23,7 +23,8 @@ Rows of 16,384 are --config.data.seq_len=16384 --config.train.batch_size=4. Long
 training: eval.py with --config.data.seq_len=65536 --config.eval.batch_size=1.
 
 Seen on one H100 (jax 0.11.2, three seeds): 1.554 to 1.557 nats, 0.04 to 0.14 % over dense attention
-from the same start; from another start, on an H200, 1.556 to 1.565, -0.05 to 0.06 %. Of rows of 16,384, 1.518 and 1.519, 0.2 to 0.4 % over it.
+from the same start; from another start, on one H200, 1.556 to 1.565, -0.05 to 0.06 %. Of rows of
+16,384, on one H100, 1.518 and 1.519, 0.2 to 0.4 % over it.
 Reproduces no paper result.
 """
 
