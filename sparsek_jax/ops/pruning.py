@@ -8,11 +8,14 @@ Of scores in no particular order about `2.5k (1 + ln(T / 2.5k))` remain.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-_POINTS = (15, 15, 31)  # at which sums are taken, round by round
+from sparsek_jax.ops.tracing import computed_once
+
+_POINTS = (15, 31)  # at which sums are taken, round by round
 _BLOCKS = 256  # that a row is cut into, at most; what is joined is a table of all pairs
 _MARGIN = 1.001  # what float32 sums may be off by, and more
 
@@ -61,25 +64,43 @@ def may_matter(
     # Sums are rounded down to integers, whose sums are exact.
     unit = 2.0 ** (30 - (length - 1).bit_length())
     enough = math.ceil(_MARGIN * num_selected * unit)
-    low, high = u.min() - 1.0, u.max()
-    # Points may be rounded one way where they are tried and another where they are taken.
-    margin = 1e-6 * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    bounds = jnp.full((num_blocks,), low)
+    lowest, highest, total, total_of_squares = _statistics(u)
+    lowest -= 1.0
+    # Where thresholds may be, whatever a few scores are that lie far off: there are fewer than k
+    # above mean + deviation * sqrt(T / k). What is not finite bounds nothing.
+    mean = total / length
+    deviation = jnp.sqrt(jnp.maximum(total_of_squares / length - mean * mean, 0.0))
+    low = mean - 3.0 * deviation - 1.0
+    low = jnp.where(low > lowest, low, lowest)
+    high = mean + math.sqrt(length / num_selected) * deviation
+    high = jnp.where(high < highest, high, highest)
+    bounds = jnp.full((num_blocks,), lowest)
     for num_points in _POINTS:
         # The same for all stretches, so that every key's gate is computed once a point.
         step = (high - low) / (num_points + 1)
-        points = low + step * np.arange(1, num_points + 1, dtype=np.float32)
+        # Where they are taken they must be what was tried.
+        points = computed_once(low + step * np.arange(1, num_points + 1, dtype=np.float32))
         gates = jnp.clip(blocks - points[:, None, None], 0.0, 1.0).sum(axis=-1)
         gates = (gates * unit).astype(jnp.int32)
         # Axes: point, stretch, block.
         is_below = jnp.where(is_joined, gates[:, None], 0).sum(axis=-1) >= enough
         bounds = jnp.maximum(bounds, jnp.where(is_below, points[:, None], -jnp.inf).max(axis=0))
         # Between the lowest and the highest of the thresholds, points are closer next time.
-        low = jnp.minimum(jnp.where(first <= block, bounds, high).min(), high)
+        low = jnp.clip(jnp.where(first <= block, bounds, high).min(), low, high)
         high = jnp.minimum(bounds.max() + step, high)
 
     # The newest stretch that does not go beyond a key; it must not begin before the document.
     bounds = jnp.pad(jnp.repeat(bounds, size), (size - 1, 0), constant_values=-jnp.inf)
     ends = np.arange(1, length + 1, dtype=np.int32) // size * size
     bounds = jnp.where(start <= ends - size, bounds[:length], -jnp.inf)
-    return u >= bounds - margin
+    return u >= bounds
+
+
+def _statistics(u):
+    """The lowest score, the highest, their sum and that of their squares, of one reduction."""
+
+    def combine(x, y):
+        return jnp.minimum(x[0], y[0]), jnp.maximum(x[1], y[1]), x[2] + y[2], x[3] + y[3]
+
+    start = tuple(np.float32(x) for x in (np.inf, -np.inf, 0, 0))
+    return jax.lax.reduce((u, u, u, u * u), start, combine, dimensions=(0,))
