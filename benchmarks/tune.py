@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune --tuned_shapes=A,C --length=65536
 
-Times the operator, its selection given, with each candidate for one kernel at a time, everything
-else as tuned. All programs are compiled side by side, then timed one at a time, in turns, so that a
-drift of the clock meets all alike.
+Times the operator with each candidate for one kernel at a time, everything else as tuned. All
+programs are compiled side by side, then timed one at a time, in turns, so that a drift of the clock
+meets all alike.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from absl import app, flags
 from benchmarks.attention import SHAPES, make_inputs, milliseconds
 from benchmarks.inputs import compile_side_by_side, reason, with_gradients
 from sparsek_jax.ops.block_config import BlockConfig, tuned
-from sparsek_jax.ops.mosaic_gpu import attend_selected, select_for_kernels
+from sparsek_jax.ops.mosaic_gpu import sparsek_attention_mosaic_gpu
 
 _TUNED_SHAPES = flags.DEFINE_list("tuned_shapes", ["A", "C"], "Which of the shapes.")
 _LENGTH = flags.DEFINE_integer("length", 65536, "T.")
@@ -29,28 +29,21 @@ _CANDIDATES = {
 }
 
 
-def select(shape, scores):
-    """The operator's selection."""
-    return select_for_kernels(
-        scores, None, num_selected=shape.num_selected, sliding_window=shape.sliding_window
-    )
-
-
-def attend(shape, query, key, value, scores, selection, configs):
-    """The operator from its selection on, with given tile sizes."""
-    return attend_selected(
+def attend(shape, query, key, value, scores, configs):
+    """The operator with given tile sizes."""
+    out, _ = sparsek_attention_mosaic_gpu(
         query,
         key,
         value,
         scores,
-        selection,
         num_selected=shape.num_selected,
         sliding_window=shape.sliding_window,
         gating="soft",
         scale=shape.head_dim**-0.5,
-        packed=False,
+        segment_ids=None,
         configs=configs,
     )
+    return out
 
 
 def candidates(shape) -> dict:
@@ -61,8 +54,8 @@ def candidates(shape) -> dict:
             change = {kernel: BlockConfig(*size)}
             configs = dataclasses.replace(tuned(shape.head_dim), **change)
 
-            def run(query, key, value, scores, d_out, selection, kernel=kernel, configs=configs):
-                function = functools.partial(attend, shape, selection=selection, configs=configs)
+            def run(query, key, value, scores, d_out, kernel=kernel, configs=configs):
+                function = functools.partial(attend, shape, configs=configs)
                 if kernel == "forward":
                     return function(query, key, value, scores)
                 return with_gradients(function)(query, key, value, scores, d_out)
@@ -78,7 +71,6 @@ def main(argv):
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, T={_LENGTH.value}", flush=True)
     for name in _TUNED_SHAPES.value:
         inputs = make_inputs(SHAPES[name], _LENGTH.value)
-        inputs.append(jax.jit(functools.partial(select, SHAPES[name]))(inputs[3]))
         programs = candidates(SHAPES[name])
         compiled = compile_side_by_side(
             {

@@ -19,12 +19,25 @@ from sparsek_jax.ops.xla import sparsek_attention_xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 
-_IMPLEMENTATIONS = {
-    "reference": sparsek_attention_reference,
-    "xla": sparsek_attention_xla,
-    "mosaic_gpu": sparsek_attention_mosaic_gpu,
-}
 _log = logging.getLogger(__name__)
+
+
+def _with_nan_for_infinity(attend):
+    """An infinite score has no finite threshold: as loud as a NaN in every implementation."""
+
+    @functools.wraps(attend)
+    def run(query, key, value, scores, **settings):
+        scores = computed_once(jnp.where(jnp.isinf(scores), jnp.nan, scores))
+        return attend(query, key, value, scores, **settings)
+
+    return run
+
+
+_IMPLEMENTATIONS = {
+    "reference": _with_nan_for_infinity(sparsek_attention_reference),
+    "xla": _with_nan_for_infinity(sparsek_attention_xla),
+    "mosaic_gpu": sparsek_attention_mosaic_gpu,  # which sees no difference
+}
 
 
 def sparsek_attention(
@@ -171,8 +184,6 @@ def _say_once(reason: str) -> None:
 )
 def _attention(query, key, value, scores, segment_ids, *, implementation, return_until, **settings):
     scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-    # An infinite score has no finite threshold: as loud as a NaN in every implementation.
-    scores = computed_once(jnp.where(jnp.isinf(scores), jnp.nan, scores))
     attend = _IMPLEMENTATIONS[implementation]
     out, until = attend(query, key, value, scores, segment_ids=segment_ids, **settings)
     return (out, until) if return_until else out

@@ -16,9 +16,10 @@ def rows_of(x: Shaped[Array, "R n"]) -> Shaped[np.ndarray, "R 1"]:
 
 
 def gather(x: Shaped[Array, "..."], *index: Array) -> Shaped[Array, "..."]:
-    """`x[index]` of indices for all axes, which are in bounds."""
-    flat = _flat(x.shape, index)
-    return x.reshape(-1).at[flat].get(mode="promise_in_bounds")
+    """`x[index]` of indices for the first axes, which are in bounds."""
+    rest = x.shape[len(index) :]
+    flat = _flat(x.shape[: len(index)], index)
+    return x.reshape(-1, *rest).at[flat].get(mode="promise_in_bounds")
 
 
 def scatter(

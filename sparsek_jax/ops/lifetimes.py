@@ -82,28 +82,32 @@ def dropped_keys(until: Int32[Array, "B T K"], end: Int32[Array, "B T"]) -> Int3
 
 
 def chunk_lists(
-    lifetimes: Lifetimes, *, num_selected: int, window: int, chunk_size: int
+    keys: Int32[Array, "R M"],
+    lifetimes: Lifetimes,
+    until: Int32[Array, "R T"],
+    *,
+    num_selected: int,
+    window: int,
+    chunk_size: int,
 ) -> Int32[Array, "R chunks k"]:
     """Lists every key that a chunk's first query has selected at its slot; -1 elsewhere.
 
     Args:
-      lifetimes: Of all keys.
+      keys: Positions of all that are ever selected, and maybe others.
+      lifetimes: Of these; `until` is 0 where there is no key.
+      until: Of all keys.
       num_selected: k, at most T.
       window: w.
       chunk_size: Queries per chunk.
     """
-    until, slot = lifetimes
     num_rows, length = until.shape
     row = rows_of(until)
     num_chunks = -(-length // chunk_size)
-    position = jnp.arange(length, dtype=jnp.int32)
-    chunk = (position + window + chunk_size - 1) // chunk_size
-    is_listed = chunk * chunk_size < until
-    flat = (row * num_chunks + chunk) * num_selected + slot
+    chunk = (keys + window + chunk_size - 1) // chunk_size
+    is_listed = chunk * chunk_size < lifetimes.until
+    flat = (row * num_chunks + chunk) * num_selected + lifetimes.slot
     newest = jnp.full((num_rows * num_chunks * num_selected,), -1, jnp.int32)
-    newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(
-        jnp.broadcast_to(position, flat.shape), mode="drop"
-    )
+    newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(keys, mode="drop")
     occupant = jax.lax.cummax(newest.reshape(num_rows, num_chunks, num_selected), axis=1)
     first_query = chunk_size * np.arange(num_chunks, dtype=np.int32)[:, None]
     ends = gather(until, row[..., None], jnp.maximum(occupant, 0))

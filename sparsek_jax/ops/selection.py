@@ -100,46 +100,42 @@ def causal_selection(
     length = scores.shape[1]
     k = min(num_selected, length)
     chunk_size = default_chunk_size(k, length)
-    return select(scores, segment_ids, k, min(sliding_window, length), chunk_size)
+    return _select(scores, segment_ids, k, min(sliding_window, length), chunk_size)
 
+
+# Tells a profile what is the selection's, of a program that does more.
+SCOPE = "causal_selection"
 
 _in_few_launches = functools.partial(thresholds_of_prefixes, at_once=True, unroll=True)
 
 
-# Compiled as one, a call outside of any jit takes a fraction of what its operations would.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def select(
-    scores: Float[Array, "B T K"],
-    segment_ids: Int[Array, "B T"] | None,
-    num_selected: int,
-    sliding_window: int,
-    chunk_size: int,
-    search_first_room: Callable[..., tuple[Array, Array]] = _in_few_launches,
-) -> Selection:
-    """`causal_selection` of checked arguments, k and w at most T, with lists every `chunk_size`.
+class SelectionSettings(NamedTuple):
+    """What of a selection is known when it is compiled.
 
-    `search_first_room` finds thresholds where few keys remain, as `thresholds_of_prefixes` does.
+    Attributes:
+      num_selected: k, at most T.
+      window: w, at most T.
+      chunk_size: Queries per chunk.
+      packed: Whether rows hold several documents.
+      search_first_room: Finds thresholds where few keys remain, as `thresholds_of_prefixes` does.
     """
-    batch, length, _ = scores.shape
-    start, end = document_bounds(segment_ids, batch, length)
-    scores = scores.astype(jnp.float32)
-    if scores.size == 0:
-        none = jnp.zeros_like(scores, jnp.int32)
-        lists = (batch, -(-length // chunk_size), scores.shape[2], num_selected)
-        lists = jnp.zeros(lists, jnp.int32)
-        return Selection(scores, none, scores, Lifetimes(none, none), lists, chunk_size)
+
+    num_selected: int
+    window: int
+    chunk_size: int
+    packed: bool
+    search_first_room: Callable[..., tuple[Array, Array]] = _in_few_launches
+
+
+# Compiled as one, a call outside of any jit takes a fraction of what its operations would.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _select(scores, segment_ids, num_selected, sliding_window, chunk_size):
+    documents = document_bounds(segment_ids, *scores.shape[:2])
     # Under `shard_map` documents may be split where scores are replicated.
-    scores = varying_like(computed_once(scores), start)
+    scores = varying_like(computed_once(scores.astype(jnp.float32)), *documents)
     packed = segment_ids is not None
-    settings = _Settings(num_selected, sliding_window, chunk_size, packed, search_first_room)
-    by_row = jnp.swapaxes(scores, 1, 2).reshape(-1, length)
-    documents = [jnp.repeat(x, scores.shape[2], axis=0) for x in (start, end)]
-    selection = _select_by_row(settings, by_row, documents)
-
-    def unfold(x):
-        return jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
-
-    return Selection(*jax.tree.map(unfold, selection), chunk_size)
+    settings = SelectionSettings(num_selected, sliding_window, chunk_size, packed)
+    return _differentiable_selection(settings, scores, documents)
 
 
 def check_selection_arguments(
@@ -216,80 +212,120 @@ def first_query(
     return jax.lax.fori_loop(0, length.bit_length(), halve, (begin, end))[0]
 
 
-class _Settings(NamedTuple):
-    num_selected: int
-    window: int
-    chunk_size: int
-    packed: bool
-    search_first_room: Callable[..., tuple[Array, Array]]
+def find_selection(
+    settings: SelectionSettings,
+    scores: Float[Array, "B T K"],
+    documents: tuple[Int32[Array, "B T"], Int32[Array, "B T"]],
+    then: Callable[[Selection], Any],
+) -> Any:
+    """Finds a selection and goes on with it, without derivatives: those are `tau_gradient`'s.
+
+    A GPU idles while its host waits to learn whether a first attempt sufficed, as it nearly always
+    does, and launches what comes next. So it gets what it can before that.
+
+    Args:
+      settings: Of the selection.
+      scores: Float32, computed once.
+      documents: `document_bounds`.
+      then: What else can be done before that; done again if the first attempt did not suffice. No
+        kernel that takes long: during those the host gets ahead again.
+
+    Returns:
+      Of `then`.
+    """
+    batch, length, num_heads = scores.shape
+    if scores.size == 0:
+        none = jnp.zeros_like(scores, jnp.int32)
+        lists = (batch, -(-length // settings.chunk_size), num_heads, settings.num_selected)
+        lists = jnp.zeros(lists, jnp.int32)
+        lifetimes = Lifetimes(none, none)
+        return then(Selection(scores, none, scores, lifetimes, lists, settings.chunk_size))
+
+    def unfold(x):
+        return jnp.swapaxes(x.reshape(batch, -1, *x.shape[1:]), 1, 2)
+
+    def finish(found):
+        return then(Selection(*jax.tree.map(unfold, found), settings.chunk_size))
+
+    return _search_in_rooms(settings, *_by_row(scores, documents), finish)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _select_by_row(settings, scores, documents):
-    """The fields of `Selection`; a row a sequence and KV head."""
-    start, end = documents
-    length = scores.shape[1]
-    is_finite = jnp.isfinite(scores)
-    finite = jnp.where(is_finite, scores, 0.0)
-    rooms = capacities(settings.num_selected, length)
-    counted = [~is_finite]
-    if rooms:
-        keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
-            finite, start
-        )
-        counted.append(keep)
-    # Both at once: a prefix sum takes a GPU several launches.
-    num_bad, *num_kept = jnp.cumsum(jnp.stack(counted), axis=2, dtype=jnp.int32)
+def _by_row(scores, documents):
+    """A row a sequence and KV head."""
+    batch, length, num_heads = scores.shape
+    by_row = jnp.swapaxes(scores, 1, 2).reshape(batch * num_heads, length)
+    return by_row, *(jnp.repeat(x, num_heads, axis=0) for x in documents)
 
-    def complete(tau, kth, lifetimes):
-        stop = _pool_end(settings.window, start)
-        row = rows_of(scores)
-        everything = stop - start <= settings.num_selected
-        cutoff_index = jnp.where(everything, length, kth)
-        bad = jnp.pad(num_bad, ((0, 0), (1, 0)))
-        has_bad = gather(bad, row, stop) > gather(bad, row, start)
-        poison = jnp.where(has_bad, jnp.nan, 0.0)
-        cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, row, kth)) + poison
-        tau = jnp.where(everything, -jnp.inf, tau) + poison
-        candidates = chunk_lists(
-            lifetimes,
-            num_selected=settings.num_selected,
-            window=settings.window,
-            chunk_size=settings.chunk_size,
-        )
-        return cutoff_score, cutoff_index, tau, lifetimes, candidates
+
+def _search_in_rooms(settings, scores, start, end, then):
+    """`then` of what `_search` finds, in the smallest room that every row's kept keys fit in.
+
+    If they fit in none, among all keys.
+    """
+    with jax.named_scope(SCOPE):
+        length = scores.shape[1]
+        is_finite = jnp.isfinite(scores)
+        finite = jnp.where(is_finite, scores, 0.0)
+        rooms = capacities(settings.num_selected, length)
+        first_bad = _first_bad(settings, ~is_finite, start)
+        if rooms:
+            keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
+                finite, start
+            )
+            up_to = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
+
+    def complete(search):
+        with jax.named_scope(SCOPE):
+            found = _complete(settings, scores, start, first_bad, *search())
+        return then(found)
 
     if not rooms:
-        return complete(*_search(settings, finite, start, end))
-    return _in_rooms(settings, rooms, finite, keep, *num_kept, start, end, complete)
-
-
-def _in_rooms(settings, rooms, scores, keep, up_to, start, end, complete):
-    """`complete` of what `_search` finds, in the smallest room that every row's kept keys fit in.
-
-    If they fit in none, among all keys. A GPU idles while its host waits to learn what is to be
-    done and launches it, so all is done in the smallest room before that: nearly always it
-    suffices.
-    """
+        return complete(lambda: _search(settings, finite, start, end))
     smallest, *larger = rooms
-    most = jnp.max(up_to[:, -1])
-    # Keys that do not fit are cut off, to stay in bounds. What is found without them is not used.
-    fitting = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
-    found = complete(
-        *_search_kept(settings, smallest, settings.search_first_room, scores, *fitting, start, end)
-    )
+
+    def search_in(room, search, keep, up_to):
+        return lambda: _search_kept(settings, room, search, finite, keep, up_to, start, end)
+
+    with jax.named_scope(SCOPE):
+        most = jnp.max(up_to[:, -1])
+        # Keys that do not fit are cut off, to stay in bounds. What is found without them is not
+        # used.
+        fitting = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
+    found = complete(search_in(smallest, settings.search_first_room, *fitting))
 
     def search_further(_):
-        searches = [lambda: _search(settings, scores, start, end)]
+        searches = [lambda: _search(settings, finite, start, end)]
         for room in reversed(larger):
             search = functools.partial(thresholds_of_prefixes, at_once=room == larger[0])
-            arguments = settings, room, search, scores, keep, up_to, start, end
-            searches.append(functools.partial(_search_kept, *arguments))
+            searches.append(search_in(room, search, keep, up_to))
         chosen = jnp.sum(most <= np.array(larger, np.int32), dtype=jnp.int32)
-        return jnp.minimum(most, smallest), complete(*jax.lax.switch(chosen, searches))
+        return varying_like(jnp.bool_(False), most), complete(
+            lambda: jax.lax.switch(chosen, searches)
+        )
 
     # A loop that is not entered hands its state on as it is; a branch would copy it.
-    return jax.lax.while_loop(lambda state: state[0] > smallest, search_further, (most, found))[1]
+    state = most > smallest, found
+    return jax.lax.while_loop(lambda state: state[0], search_further, state)[1]
+
+
+def _first_bad(settings, is_bad, start):
+    """Of every query's document, or of the row, the first key with a score that is not finite."""
+    length = start.shape[1]
+    bad = jnp.where(is_bad, jnp.arange(length, dtype=jnp.int32), length)
+    if not settings.packed:
+        return jnp.min(bad, axis=1, keepdims=True)
+    return gather(jax.lax.cummin(bad, axis=1, reverse=True), rows_of(bad), start)
+
+
+def _complete(settings, scores, start, first_bad, tau, kth, lifetimes, candidates):
+    """The fields of `Selection`."""
+    stop = _pool_end(settings.window, start)
+    everything = stop - start <= settings.num_selected
+    cutoff_index = jnp.where(everything, scores.shape[1], kth)
+    poison = jnp.where(first_bad < stop, jnp.nan, 0.0)
+    cutoff_score = jnp.where(everything, -jnp.inf, gather(scores, rows_of(scores), kth)) + poison
+    tau = jnp.where(everything, -jnp.inf, tau) + poison
+    return cutoff_score, cutoff_index, tau, lifetimes, candidates
 
 
 def _pool_end(window, start):
@@ -307,7 +343,10 @@ def _search(settings, scores, start, end):
     tau, kth, until, slot = _at_entries(settings, thresholds_of_prefixes, scores, start, end)
     row, newest = rows_of(scores), _newest(settings, start)
     until = jnp.where(until == end, end, jnp.minimum(until + settings.window, end))
-    return gather(tau, row, newest), gather(kth, row, newest), Lifetimes(until, slot)
+    keys = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
+    lifetimes = Lifetimes(until, slot)
+    lists = _lists(settings, keys, lifetimes, until)
+    return gather(tau, row, newest), gather(kth, row, newest), lifetimes, lists
 
 
 def _search_kept(settings, room, search, scores, keep, up_to, start, end):
@@ -339,13 +378,26 @@ def _search_kept(settings, room, search, scores, keep, up_to, start, end):
     tau, kth, until, slot = _at_entries(settings, search, kept_scores, starts, ends)
     entry = gather(position, row, jnp.minimum(until, room - 1)) + settings.window
     entry = jnp.where(until == ends, length, entry)
+    of_kept = jnp.where(is_free, 0, jnp.minimum(entry, gather(end, row, position)))
+    of_kept = Lifetimes(of_kept, slot)
     # All others are dropped when they would enter the pool.
     place = jnp.maximum(up_to - 1, 0)
     until = jnp.where(keep, gather(entry, row, place), ids + settings.window)
     slot = jnp.where(keep, gather(slot, row, place), 0)
     lifetimes = Lifetimes(jnp.minimum(until, end), slot)
+    lists = _lists(settings, position, of_kept, lifetimes.until)
     newest = gather(place, row, _newest(settings, start))
-    return gather(tau, row, newest), gather(position, row, gather(kth, row, newest)), lifetimes
+    kth = gather(position, row, gather(kth, row, newest))
+    return gather(tau, row, newest), kth, lifetimes, lists
+
+
+def _lists(settings, *keys):
+    return chunk_lists(
+        *keys,
+        num_selected=settings.num_selected,
+        window=settings.window,
+        chunk_size=settings.chunk_size,
+    )
 
 
 def _at_entries(settings, search, scores, start, end):
@@ -375,24 +427,54 @@ def _running(
     return jax.lax.associative_scan(combine, (start, x))[1]
 
 
-def _select_by_row_fwd(settings, scores, documents):
-    outputs = _select_by_row(settings, scores, documents)
-    return outputs, (scores, outputs[2], documents)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable_selection(settings, scores, documents):
+    return find_selection(settings, scores, documents, lambda selection: selection)
 
 
-def _select_by_row_bwd(settings, residuals, cotangents):
-    scores, tau, documents = residuals
-    gradient = jax.vmap(functools.partial(_tau_gradient, settings.window))
-    return gradient(scores, tau, cotangents[2], *documents), None
+def _fwd(settings, scores, documents):
+    selection = _differentiable_selection(settings, scores, documents)
+    return selection, (scores, selection.tau, documents)
 
 
-def _tau_gradient(window, scores, tau, g, start, end):
-    """The gradient of one row's tau as prefix sums; `g` is its cotangent.
+def _bwd(settings, residuals, cotangents):
+    return tau_gradient(settings.window, *residuals, cotangents.tau), None
 
-    tau_t = (sum of interior scores + const) / n_t, so each interior key gets g_t / n_t. A key is
-    interior during one interval of queries: its sum is a difference of prefix sums, which begin
+
+_differentiable_selection.defvjp(_fwd, _bwd)
+
+
+def tau_gradient(
+    window: int,
+    scores: Float[Array, "B T K"],
+    tau: Float[Array, "B T K"],
+    documents: tuple[Int32[Array, "B T"], Int32[Array, "B T"]],
+    d_tau: Float[Array, "B T K"],
+) -> Float[Array, "B T K"]:
+    """The gradient of scores from that of `Selection.tau`.
+
+    tau_t = (sum of interior scores + const) / n_t, so each interior key gets d_tau_t / n_t. A key
+    is interior during one interval of queries: its sum is a difference of prefix sums, which begin
     anew with every document so that none feels another one's rounding or NaN.
+
+    Args:
+      window: w.
+      scores: Float32.
+      tau: Of these scores.
+      documents: `document_bounds`.
+      d_tau: Cotangent of tau.
     """
+    if scores.size == 0:
+        return jnp.zeros_like(scores)
+    batch, _, num_heads = scores.shape
+    by_row, *documents = _by_row(scores, documents)
+    others = (jnp.swapaxes(x, 1, 2).reshape(by_row.shape) for x in (tau, d_tau))
+    gradient = jax.vmap(functools.partial(_row_s_tau_gradient, window))
+    d_scores = gradient(by_row, *others, *documents)
+    return jnp.swapaxes(d_scores.reshape(batch, num_heads, -1), 1, 2)
+
+
+def _row_s_tau_gradient(window, scores, tau, d_tau, start, end):
     (length,) = scores.shape
     enters = jnp.minimum(jnp.arange(length, dtype=jnp.int32) + window, end)
     enters, end = (varying_like(x, scores, enters) for x in (enters, end))
@@ -406,7 +488,7 @@ def _tau_gradient(window, scores, tau, g, start, end):
     ones = jnp.ones_like(unsaturated)
     change = jnp.zeros((length + 1,), jnp.int32).at[unsaturated].add(ones).at[dropped].add(-ones)
     num_interior = jnp.cumsum(change)[:length]
-    share = jnp.where(num_interior > 0, g / jnp.maximum(num_interior, 1), 0.0)
+    share = jnp.where(num_interior > 0, d_tau / jnp.maximum(num_interior, 1), 0.0)
     running = _running(jnp.add, share, start)
 
     def before(query):
@@ -415,6 +497,3 @@ def _tau_gradient(window, scores, tau, g, start, end):
 
     gradient = before(dropped) - before(unsaturated)
     return jnp.where(dropped > unsaturated, gradient, 0.0)
-
-
-_select_by_row.defvjp(_select_by_row_fwd, _select_by_row_bwd)

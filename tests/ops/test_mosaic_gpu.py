@@ -22,13 +22,13 @@ from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
 from sparsek_jax.ops.breakpoints import Sums
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.gating import GATINGS
-from sparsek_jax.ops.mosaic_gpu import select_for_kernels, thresholds, walk
+from sparsek_jax.ops.mosaic_gpu import table, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
 from sparsek_jax.ops.mosaic_gpu.spans import tile_span
 from sparsek_jax.ops.mosaic_gpu.tile import tile_cotangents, tile_gates
 from sparsek_jax.ops.pruning import capacities
-from sparsek_jax.ops.selection import document_bounds, select
+from sparsek_jax.ops.selection import SelectionSettings, document_bounds, find_selection
 from tests.ops.test_selection import SCORES, make_scores, packed
 
 CONFIG = Settings(
@@ -230,20 +230,38 @@ def test_sums_over_chunks(num_chunks):
         )
 
 
-def walk_as_a_loop(settings, *inputs):
+def plain_table(settings, rows, edges):
+    """`make_table` by definition."""
+    at = np.arange(2 * settings.num_stretches, dtype=np.int32)
+    counts = edges.look_up(settings, slice(None), at)[:2]
+    opens, closes = (rows.rank[..., None] < x[:, None] for x in jnp.broadcast_arrays(*counts))
+    above = jnp.stack(
+        [
+            opens * (1 + (1 << 16)) - closes,
+            opens * rows.key_high[..., None]
+            + closes * ((1 << settings.bits) - rows.key_high[..., None]),
+            (opens ^ closes) * rows.key_low[..., None],
+        ]
+    ).astype(jnp.int32)
+    before = jnp.cumsum(above, axis=2) - above
+    nothing = jnp.zeros_like(before[:, :, : settings.num_chunks])
+    return table.Table(before[:, :, :: settings.chunk], nothing)
+
+
+def walk_in_a_loop(settings, *inputs):
     """`walk` on any device, chunk after chunk."""
     operands, treedef = jax.tree.flatten(inputs)
-    num_rows, num_chunks = inputs[2].rank.shape
+    rows, _, sums = inputs
 
     def kernel(*refs):
         inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
-        rows, to_tau, to_kth = inputs
         place = pl.program_id(0), pl.program_id(1)
-        walk.walk_to_tau(settings, rows, to_tau, *place, outs[:-1])
-        walk.walk_to_kth(settings, rows, to_kth, *place, outs[-1])
+        walk.walk_to_tau(settings, *inputs, *place, outs[:-1])
+        walk.walk_to_kth(settings, *inputs, *place, outs[-1])
 
-    shapes = [jax.ShapeDtypeStruct((num_rows, settings.length), jnp.int32)] * 5
-    call = pl.pallas_call(kernel, out_shape=shapes, grid=(num_rows, num_chunks), interpret=True)
+    shapes = [jax.ShapeDtypeStruct(rows.rank.shape, jnp.int32)] * 5
+    grid = len(rows.rank), sums.in_group.shape[2]
+    call = pl.pallas_call(kernel, out_shape=shapes, grid=grid, interpret=True)
     below, *sums, kth = call(*operands)
     return below, Sums(*sums), kth
 
@@ -267,7 +285,8 @@ def check_walk(scores, segment_ids, k):
 @pytest.mark.parametrize(("length", "k"), [(1, 1), (40, 6), (600, 20), (700, 1)])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
-    monkeypatch.setattr(thresholds, "walk", walk_as_a_loop)
+    monkeypatch.setattr(thresholds, "make_table", plain_table)
+    monkeypatch.setattr(thresholds, "walk", walk_in_a_loop)
     scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
     segment_ids = jnp.broadcast_to(packed(length), scores.shape) if is_packed else None
     check_walk(scores, segment_ids, k)
@@ -297,48 +316,82 @@ class _Bounded:
         return self.x.shape
 
 
+def table_in_bounds(settings, rows, edges):
+    """`make_table` step by step."""
+    num_rows, num_edges = len(rows.rank), 2 * settings.num_stretches
+    sizes = [x.shape[2] for x in jax.eval_shape(lambda: table.make_table(settings, rows, edges))]
+    outs = [_Bounded(np.zeros((3, num_rows, size, num_edges), np.int32)) for size in sizes]
+    inputs = jax.tree.map(_Bounded, (rows, edges))
+    with jax.disable_jit():
+        for place in np.ndindex(num_rows, sizes[1], num_edges):
+            table.add_up(settings, *inputs, jnp.asarray(place, jnp.int32), *outs)
+    assert all(np.all(out.written) for out in outs)
+    in_group, totals = (out.x for out in outs)
+    found = table.Table(in_group, np.cumsum(totals, axis=2) - totals)
+    expected = plain_table(settings, rows, edges).in_group
+    for chunk in range(sizes[0]):
+        before = found.before[:, :, chunk // -(-sizes[0] // table._GROUPS)]
+        np.testing.assert_array_equal(found.in_group[:, :, chunk] + before, expected[:, :, chunk])
+    return found
+
+
 def walk_in_bounds(settings, *inputs):
     """`walk` step by step."""
-    rows, to_tau, to_kth = jax.tree.map(_Bounded, inputs)
+    rows, edges, sums = jax.tree.map(_Bounded, inputs)
     outs = [_Bounded(jnp.zeros_like(inputs[0].rank)) for _ in range(5)]
     with jax.disable_jit():
-        for row, chunk in np.ndindex(to_kth.rank.shape):
-            walk.walk_to_tau(settings, rows, to_tau, row, jnp.int32(chunk), outs[:-1])
-            walk.walk_to_kth(settings, rows, to_kth, row, jnp.int32(chunk), outs[-1])
+        for row, chunk in np.ndindex(rows.rank.shape[0], sums.in_group.shape[2]):
+            place = row, jnp.int32(chunk)
+            walk.walk_to_tau(settings, rows, edges, sums, *place, outs[:-1])
+            walk.walk_to_kth(settings, rows, edges, sums, *place, outs[-1])
     assert all(np.all(out.written) for out in outs)
     below, *sums, kth = (jnp.asarray(out.x) for out in outs)
     return below, Sums(*sums), kth
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "tied", "near_constant"])
-def test_walking_stays_in_bounds(monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "length"), [("gaussian", 30), ("tied", 32), ("near_constant", 30)]
+)
+def test_walking_stays_in_bounds(monkeypatch, kind, length):
+    monkeypatch.setattr(thresholds, "make_table", table_in_bounds)
     monkeypatch.setattr(thresholds, "walk", walk_in_bounds)
     monkeypatch.setattr(walk, "_FAR", 3)
+    monkeypatch.setattr(table, "_GROUPS", 3)
     for name in ("_CHUNK", "_STRETCH"):
         monkeypatch.setattr(thresholds, name, 4)
-    scores = jnp.asarray(make_scores(kind, 30)[None])
-    segment_ids = jnp.asarray(packed(30))[None]
+    scores = jnp.asarray(make_scores(kind, length)[None])
+    segment_ids = jnp.asarray(packed(length))[None]
     bounds = document_bounds(segment_ids, *scores.shape)
     found, expected = (
         search(scores, *bounds, 3, packed=True)
         for search in (thresholds.thresholds_by_walking, thresholds_of_prefixes)
     )
-    asked = np.arange(30) - np.asarray(bounds[0]) >= 3
+    asked = np.arange(length) - np.asarray(bounds[0]) >= 3
     np.testing.assert_array_equal(np.asarray(found[1])[asked], np.asarray(expected[1])[asked])
+
+
+def select(scores, segment_ids, **settings):
+    """The selection of 20 keys and a window of 10, or of other `settings`."""
+    settings = {"num_selected": 20, "window": 10, "chunk_size": 128} | settings
+    settings = SelectionSettings(packed=segment_ids is not None, **settings)
+    documents = document_bounds(segment_ids, *scores.shape[:2])
+    return find_selection(settings, scores, documents, lambda selection: selection)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
     calls = []
-    monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_as_a_loop(*x))
+    monkeypatch.setattr(thresholds, "make_table", plain_table)
+    monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_in_a_loop(*x))
     length = 3000
     scores = np.stack([make_scores(kind, length) for kind in ("gaussian", "heavy_tailed")], -1)
     scores[50, 0] = np.nan
     segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
-    settings = {"num_selected": 20, "sliding_window": 10}
-    found = select_for_kernels(jnp.asarray(scores)[None], segment_ids, **settings)
+    scores = jnp.asarray(scores)[None]
+    search = thresholds.thresholds_by_walking
+    found = select(scores, segment_ids, search_first_room=search)
     assert len(calls) == 1
-    expected = select(jnp.asarray(scores)[None], segment_ids, *settings.values(), found.chunk_size)
+    expected = select(scores, segment_ids)
     check_selections(found, expected)
 
 
@@ -348,10 +401,19 @@ def check_selections(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_walking_in_warps():
+def test_walking_in_warps(monkeypatch):
+    def walk_in_warps(*inputs):
+        with plgpu.force_gpu_interpret_mode():
+            return walk.walk(*inputs)
+
+    monkeypatch.setattr(thresholds, "make_table", plain_table)
+    monkeypatch.setattr(thresholds, "walk", walk_in_warps)
+    # As if warps had one thread each.
+    monkeypatch.setattr(walk, "thread_index", lambda: jax.lax.axis_index("warp"))
+    monkeypatch.setattr(walk, "_THREADS", 1)
+    monkeypatch.setattr(walk, "BLOCK", 4)
     scores = jnp.asarray(make_scores("gaussian", 70)[None])
-    with plgpu.force_gpu_interpret_mode():
-        check_walk(scores, None, 5)
+    check_walk(scores, None, 5)
 
 
 @pytest.mark.gpu
@@ -361,9 +423,13 @@ def test_walking_in_warps():
 def test_selects_what_other_devices_do(kind, length, is_packed):
     scores = jnp.asarray(make_scores(kind, 3 * length).reshape(1, length, 3))
     segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
-    settings = {"num_selected": 300, "sliding_window": 10}
-    found = jax.jit(functools.partial(select_for_kernels, **settings))(scores, segment_ids)
-    expected = select(scores, segment_ids, *settings.values(), found.chunk_size)
+    searches = thresholds.thresholds_by_walking, thresholds_of_prefixes
+    found, expected = (
+        jax.jit(functools.partial(select, num_selected=300, search_first_room=search))(
+            scores, segment_ids
+        )
+        for search in searches
+    )
     check_selections(found, expected)
 
 
@@ -410,18 +476,23 @@ def test_lowers_inside_shard_map(shared):
     # Types vary over axes of one device too.
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     rows = P("data", None, "tensor", None)
+    of_scores = P("data", None, None if shared else "tensor")
     attend = jax.shard_map(
         functools.partial(
-            sparsek_attention, num_selected=64, sliding_window=32, implementation="mosaic_gpu"
+            sparsek_attention,
+            num_selected=64,
+            sliding_window=32,
+            implementation="mosaic_gpu",
+            return_until=True,
         ),
         mesh=mesh,
-        in_specs=(rows, rows, rows, P("data", None, None if shared else "tensor")),
-        out_specs=rows,
+        in_specs=(rows, rows, rows, of_scores),
+        out_specs=(rows, of_scores),
     )
 
     def gradients(*arrays):
         def loss(*arrays):
-            return jnp.sum(attend(*arrays).astype(jnp.float32))
+            return jnp.sum(attend(*arrays)[0].astype(jnp.float32))
 
         return jax.grad(loss, argnums=(0, 1, 2, 3))(*arrays)
 

@@ -12,16 +12,6 @@ A key of a list gets one gradient a chunk; these are added up in order along its
 keeps from chunk to chunk, so the result is deterministic.
 """
 
-from sparsek_jax.ops.mosaic_gpu.attention import (
-    attend_selected,
-    select_for_kernels,
-    sparsek_attention_mosaic_gpu,
-    unsupported,
-)
+from sparsek_jax.ops.mosaic_gpu.attention import sparsek_attention_mosaic_gpu, unsupported
 
-__all__ = [
-    "attend_selected",
-    "select_for_kernels",
-    "sparsek_attention_mosaic_gpu",
-    "unsupported",
-]
+__all__ = ["sparsek_attention_mosaic_gpu", "unsupported"]

@@ -4,9 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 
 from sparsek_jax.ops.block_config import KernelConfigs, tuned
+from sparsek_jax.ops.indexing import gather
 from sparsek_jax.ops.mosaic_gpu.by_key import key_backward
 from sparsek_jax.ops.mosaic_gpu.by_query import query_backward
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
@@ -14,8 +16,13 @@ from sparsek_jax.ops.mosaic_gpu.forward import forward
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 from sparsek_jax.ops.mosaic_gpu.operands import LOWEST, Keys, Outcome, Settings
 from sparsek_jax.ops.mosaic_gpu.thresholds import thresholds_by_walking
-from sparsek_jax.ops.selection import Selection, select
-from sparsek_jax.ops.tracing import varying_like
+from sparsek_jax.ops.selection import (
+    SelectionSettings,
+    document_bounds,
+    find_selection,
+    tau_gradient,
+)
+from sparsek_jax.ops.tracing import computed_once, varying_like
 
 
 def sparsek_attention_mosaic_gpu(
@@ -40,79 +47,29 @@ def sparsek_attention_mosaic_gpu(
     """
     if reason := unsupported(query):
         raise NotImplementedError(f"implementation='mosaic_gpu': {reason}")
-    selection = select_for_kernels(
-        scores, segment_ids, num_selected=num_selected, sliding_window=sliding_window
-    )
-    out = attend_selected(
-        query,
-        key,
-        value,
-        scores,
-        selection,
-        num_selected=num_selected,
-        sliding_window=sliding_window,
-        gating=gating,
-        scale=scale,
-        packed=segment_ids is not None,
-        configs=configs,
-    )
-    return out, selection.lifetimes.until
-
-
-def select_for_kernels(
-    scores: Float[Array, "B T K"],
-    segment_ids: Int[Array, "B T"] | None,
-    *,
-    num_selected: int,
-    sliding_window: int,
-) -> Selection:
-    """The selection that `attend_selected` wants."""
-    # A power of two near k, so that lists and slabs are of like size.
-    chunk_size = min(max(1 << (num_selected - 1).bit_length(), BLOCK), 512)
-    scores = scores.astype(jnp.float32)
-    return select(
-        scores, segment_ids, num_selected, sliding_window, chunk_size, thresholds_by_walking
-    )
-
-
-def attend_selected(
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B T K H"],
-    value: Float[Array, "B T K H"],
-    scores: Float[Array, "B T K"],
-    selection: Selection,
-    *,
-    num_selected: int,
-    sliding_window: int,
-    gating: str,
-    scale: float,
-    packed: bool,
-    configs: KernelConfigs | None = None,
-) -> Float[Array, "B T N H"]:
-    """The attention of a selection; `packed`: whether there are segment ids, the rest as above."""
     length, head_dim = query.shape[1], query.shape[3]
-    num_kv_heads = key.shape[2]
-    arrays = (scores, selection.tau, selection.lifetimes, selection.candidates)
-    if scores.shape[2] != num_kv_heads:
-        arrays = jax.tree.map(lambda x: jnp.repeat(x, num_kv_heads, axis=2), arrays)
-    # Copies through shared memory want whole groups of eight rows and at least one block.
-    padding = max(-length % 8, BLOCK - length)
-    widths = ((0, 0), (0, padding), (0, 0), (0, -head_dim % 16))
-    query, key, value = (jnp.pad(x, widths) for x in (query, key, value))
+    documents = document_bounds(segment_ids, *scores.shape[:2])
     settings = Settings(
-        chunk_size=selection.chunk_size,
+        # A power of two near k, so that lists and slabs are of like size.
+        chunk_size=min(max(1 << (num_selected - 1).bit_length(), BLOCK), 512),
         list_size=num_selected,
         window=sliding_window,
         scale=scale,
         gating=gating,
-        packed=packed,
+        packed=segment_ids is not None,
         configs=configs or tuned(head_dim),
     )
-    arrays = jax.tree.map(
-        lambda x: varying_like(x, *jax.tree.leaves((query, key, value, arrays))),
-        (query, key, value, *arrays),
-    )
-    return _attend(settings, *arrays)[:, :length, :, :head_dim]
+    # Copies through shared memory want whole groups of eight rows and at least one block.
+    padding = max(-length % 8, BLOCK - length)
+    widths = ((0, 0), (0, padding), (0, 0), (0, -head_dim % 16))
+    # In the order that all but the arguments has; XLA would else reorder them several times.
+    scores = jnp.swapaxes(computed_once(jnp.swapaxes(scores.astype(jnp.float32), 1, 2)), 1, 2)
+    # Under `shard_map` scores may be replicated where heads are split, and so is what is selected.
+    selecting = varying_like(scores, *documents), documents
+    arrays = *(jnp.pad(x, widths) for x in (query, key, value)), scores
+    leaves = jax.tree.leaves((arrays, documents))
+    out, until = _attend(settings, *(varying_like(x, *leaves) for x in arrays), selecting)
+    return out[:, :length, :, :head_dim], until
 
 
 def unsupported(query: Float[Array, "B T N H"]) -> str | None:
@@ -130,15 +87,30 @@ def _padded_rows(x, padded, fill):
     return jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[2])), constant_values=fill)
 
 
-def _inputs(settings, key, value, score, tau, lifetimes, candidates):
-    """Keys in order, keys in lists, and tau, as the kernels read them."""
-    batch, length, num_kv_heads, _ = key.shape
-    padded = length + -length % BLOCK
+def _per_head(num_heads, arrays):
+    """Of every KV head, also where they share scores."""
+
+    def repeat(x):
+        return x if x.shape[2] == num_heads else jnp.repeat(x, num_heads, axis=2)
+
+    return jax.tree.map(repeat, arrays)
+
+
+def _score_rows(key, scores):
+    """Scores of every KV head as the kernels read them."""
+    _, length, num_kv_heads, _ = key.shape
     # tau carries the news of a score that is not finite.
-    score = jnp.where(jnp.isfinite(score), score, 0.0)
-    rows = Keys(
-        key, value, _padded_rows(score, padded, 0.0), _padded_rows(lifetimes.until, padded, 0)
-    )
+    scores = _per_head(num_kv_heads, jnp.where(jnp.isfinite(scores), scores, 0.0))
+    return _padded_rows(scores, length + -length % BLOCK, 0.0)
+
+
+def _inputs(settings, key, value, score, selected):
+    """Keys in order, keys in lists, and tau, as the kernels read them; lists' positions."""
+    batch, length, num_kv_heads, _ = key.shape
+    selected = jax.tree.map(lambda x: varying_like(x, key), selected)
+    tau, lifetimes, candidates = _per_head(num_kv_heads, selected)
+    padded = score.shape[2]
+    rows = Keys(key, value, score, _padded_rows(lifetimes.until, padded, 0))
     tau = _padded_rows(jnp.maximum(tau, LOWEST), padded, LOWEST)
 
     num_chunks = -(-length // settings.chunk_size)
@@ -148,35 +120,53 @@ def _inputs(settings, key, value, score, tau, lifetimes, candidates):
         ((0, 0), (0, 0), (0, num_chunks - candidates.shape[1]), (0, -size % BLOCK)),
         constant_values=-1,
     ).reshape(batch, num_kv_heads, -1)
-    b = jnp.arange(batch)[:, None, None]
-    h = jnp.arange(num_kv_heads)[:, None]
+    b = np.arange(batch, dtype=np.int32)[:, None, None]
+    h = np.arange(num_kv_heads, dtype=np.int32)[:, None]
     at = jnp.maximum(candidates, 0)
     lists = Keys(
-        key[b, at, h],
-        value[b, at, h],
-        rows.score[b, h, at],
-        jnp.where(candidates >= 0, rows.until[b, h, at], 0),
+        gather(key, b, at, h),
+        gather(value, b, at, h),
+        gather(rows.score, b, h, at),
+        jnp.where(candidates >= 0, gather(rows.until, b, h, at), 0),
     )
     return rows, lists, tau, candidates
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings, query, key, value, score, tau, lifetimes, candidates):
-    return _attend_fwd(settings, query, key, value, score, tau, lifetimes, candidates)[0]
+def _attend(settings, query, key, value, scores, selecting):
+    return _attend_fwd(settings, query, key, value, scores, selecting)[0]
 
 
-def _attend_fwd(settings, query, *arguments):
-    rows, lists, tau, _ = _inputs(settings, *arguments)
+def _attend_fwd(settings, query, key, value, scores, selecting):
+    of_selection = SelectionSettings(
+        settings.list_size,
+        settings.window,
+        settings.chunk_size,
+        settings.packed,
+        thresholds_by_walking,
+    )
+
+    score = _score_rows(key, scores)
+
+    def read(selection):
+        selected = selection.tau, selection.lifetimes, selection.candidates
+        rows, lists, tau, _ = _inputs(settings, key, value, score, selected)
+        return rows.until, lists, tau, selected
+
+    until, lists, tau, selected = find_selection(of_selection, *selecting, read)
+    rows = Keys(key, value, score, until)
     out, lse = forward(settings, settings.configs.forward, query, rows, lists, tau)
-    return out, (query, *arguments, out, lse)
+    residuals = query, key, value, scores, selecting[1], selected, out, lse
+    return (out, selected[1].until), residuals
 
 
-def _attend_bwd(settings, residuals, d_out):
-    query, *arguments, out, lse = residuals
-    key, _, score, _, lifetimes, _ = arguments
+def _attend_bwd(settings, residuals, cotangents):
+    d_out, _ = cotangents
+    query, key, value, scores, documents, selected, out, lse = residuals
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
-    rows, lists, tau, candidates = _inputs(settings, *arguments)
+    score = _score_rows(key, scores)
+    rows, lists, tau, candidates = _inputs(settings, key, value, score, selected)
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
     outcome = Outcome(d_out, lse, _padded_rows(delta, tau.shape[2], 0.0), tau)
     configs = settings.configs
@@ -188,18 +178,20 @@ def _attend_bwd(settings, residuals, d_out):
 
     num_chunks = -(-length // settings.chunk_size)
     candidates = candidates.reshape(batch, num_kv_heads, num_chunks, -1)
-    unpadded = score.shape[1]
+    unpadded = scores.shape[1]
+    lifetimes = jax.tree.map(lambda x: varying_like(x, key), selected[1])
+    lifetimes = _per_head(num_kv_heads, lifetimes)
     position = jnp.arange(unpadded, dtype=jnp.int32)[:, None]
     first = -(-(position + settings.window) // settings.chunk_size)
     last = (lifetimes.until - 1) // settings.chunk_size
     at = jnp.where(first <= last, last * candidates.shape[3] + lifetimes.slot, -1)
-    b = jnp.arange(batch)[:, None, None]
-    h = jnp.arange(num_kv_heads)
+    b = np.arange(batch, dtype=np.int32)[:, None, None]
+    h = np.arange(num_kv_heads, dtype=np.int32)
 
     totals = sum_over_chunks(of_lists, candidates)
 
     def with_lists(slab, total):
-        total = total[b, h, jnp.maximum(at, 0)]
+        total = gather(total, b, h, jnp.maximum(at, 0))
         mask = (at >= 0).reshape(*at.shape, *[1] * (total.ndim - 3))
         total = jnp.where(mask, total.astype(jnp.float32), 0.0)
         total = slab[:, :unpadded].astype(jnp.float32) + total
@@ -207,15 +199,18 @@ def _attend_bwd(settings, residuals, d_out):
         return jnp.pad(total, widths).astype(slab.dtype)
 
     d_tau = d_tau.reshape(batch, num_kv_heads, num_heads // num_kv_heads, -1).sum(axis=2)
-    return (
-        d_query,
-        with_lists(d_key, totals[0]),
-        with_lists(d_value, totals[1]),
-        with_lists(d_score[:, :unpadded], totals[2]),
-        jnp.swapaxes(d_tau, 1, 2)[:, :unpadded],
-        None,
-        None,
-    )
+    d_tau = jnp.swapaxes(d_tau, 1, 2)[:, :unpadded]
+    d_scores = with_lists(d_score[:, :unpadded], totals[2])
+    if scores.shape[2] != num_kv_heads:
+        d_scores, d_tau = (jnp.sum(x, axis=2, keepdims=True) for x in (d_scores, d_tau))
+    of_selection = selected[0], documents, d_tau
+    of_selection = jax.tree.map(lambda x: varying_like(x, scores), of_selection)
+    # Last: XLA would put these many small operations where the GPU waits for what comes next.
+    of_selection = jax.lax.optimization_barrier(of_selection)
+    d_scores += tau_gradient(settings.window, scores, *of_selection)
+    # NaN, as loud as others', if any: an infinite score is one whatever it is.
+    d_scores = jnp.where(jnp.isinf(scores), 0.0, d_scores)
+    return d_query, with_lists(d_key, totals[0]), with_lists(d_value, totals[1]), d_scores, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -5,9 +5,9 @@ where f, over the pool alone, exceeds k no more, and the k-th key where fewer th
 pool are left above. Both only rise from one prefix to the next, so the next ones are found by going
 on from where they were.
 
-Rows are cut into chunks of keys, each followed by two warps of its own, one for either threshold,
-from a place that is known beforehand (ops/mosaic_gpu/thresholds.py). A warp's lanes all do the
-same: what takes time is waiting for memory, and thousands of warps wait at once.
+Rows are cut into chunks of keys. Either threshold of each is followed on its own, from the nearest
+of the edges (ops/mosaic_gpu/table.py) that are below it where the chunk begins. A step takes the
+time of some ten instructions that wait for each other, and thousands of walks wait at once.
 """
 
 import functools
@@ -17,56 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int32
 
 from sparsek_jax.ops.breakpoints import Sums, excess, is_positive
-from sparsek_jax.ops.mosaic_gpu.launch import launch
+from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
+from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
+from sparsek_jax.ops.mosaic_gpu.table import Edges, SortedRows, Table, WalkSettings
 
-_WARPS = 4  # of a block
+_THREADS = 4  # that follow the same walk: more walks in a warp would wait for each other
 _FAR = 256  # breakpoints of a key's walk, after which it looks where the next chunk begins
-
-
-class WalkSettings(NamedTuple):
-    """Of a call.
-
-    Attributes:
-      k: How many keys are selected, less than a row has.
-      length: Keys of a row.
-      chunk: Keys of a chunk.
-      bits: Of fixed point.
-    """
-
-    k: int
-    length: int
-    chunk: int
-    bits: int
-
-
-class SortedRows(NamedTuple):
-    """Keys of rows, in order and sorted, documents one after the other.
-
-    Attributes:
-      key: By rank, the key.
-      u: By rank, its score.
-      high: By rank, its score in fixed point.
-      low: Likewise.
-      rank: By key, how many of its row are sorted before it.
-      key_high: By key, its score in fixed point.
-      key_low: Likewise.
-      start: By key, the first key of its document.
-      end: By key, the one after the last of its document.
-    """
-
-    key: Int32[Array, "R M"]
-    u: Float[Array, "R M"]
-    high: Int32[Array, "R M"]
-    low: Int32[Array, "R M"]
-    rank: Int32[Array, "R M"]
-    key_high: Int32[Array, "R M"]
-    key_low: Int32[Array, "R M"]
-    start: Int32[Array, "R M"]
-    end: Int32[Array, "R M"]
 
 
 class Place(NamedTuple):
@@ -126,48 +85,45 @@ class KthPlace(NamedTuple):
 
 
 def walk(
-    settings: WalkSettings, rows: SortedRows, to_tau: Place, to_kth: KthPlace
+    settings: WalkSettings, rows: SortedRows, edges: Edges, table: Table
 ) -> tuple[Int32[Array, "R M"], Sums, Int32[Array, "R M"]]:
     """Follows the thresholds of the pools that keys complete: the keys of their document so far.
 
     Args:
       settings: Of the call.
       rows: The keys.
-      to_tau: For every chunk, `[R, chunks]`, a place below tau of the pool of the keys before it;
-        what of that pool is above.
-      to_kth: Likewise, a place below the k-th key.
+      edges: Of the rows.
+      table: `make_table` of these.
 
     Returns:
       For every key, `below` and `sums` of the place of tau, and the rank of the k-th key.
     """
-    operands, treedef = jax.tree.flatten((rows, to_tau, to_kth))
-    num_rows, num_chunks = to_kth.rank.shape
+    operands, treedef = jax.tree.flatten((rows, edges, table))
+    num_chunks = settings.num_chunks
+    of_block = BLOCK // _THREADS
 
     # The kernel's name comes from this one, and benchmarks/attention.py knows it.
     def walks(*refs):
         inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
-        threshold, group, row = (lax.axis_index(x) for x in ("threshold", "group", "row"))
+        threshold, block, row = (lax.axis_index(x) for x in ("threshold", "block", "row"))
+        chunk = block * of_block + thread_index() // _THREADS
 
-        def by_warp():
-            chunk = group * _WARPS + lax.axis_index("warp")
+        @pl.when((chunk < num_chunks) & (threshold == 0))
+        def _():
+            walk_to_tau(settings, *inputs, row, chunk, outs[:-1])
 
-            @pl.when((chunk < num_chunks) & (threshold == 0))
-            def _():
-                walk_to_tau(settings, inputs[0], inputs[1], row, chunk, outs[:-1])
-
-            @pl.when((chunk < num_chunks) & (threshold == 1))
-            def _():
-                walk_to_kth(settings, inputs[0], inputs[2], row, chunk, outs[-1])
-
-        pl.kernel(by_warp, mesh=plgpu.WarpMesh(axis_name="warp"))()
+        @pl.when((chunk < num_chunks) & (threshold == 1))
+        def _():
+            walk_to_kth(settings, *inputs, row, chunk, outs[-1])
 
     below, *sums, kth = launch(
         walks,
         out_type=[jax.ShapeDtypeStruct(rows.rank.shape, jnp.int32)] * 5,
         # Rows last: only of these there may be more than 65,535.
-        grid=(2, -(-num_chunks // _WARPS), num_rows),
-        grid_names=("threshold", "group", "row"),
+        grid=(2, -(-num_chunks // of_block), len(rows.rank)),
+        grid_names=("threshold", "block", "row"),
         operands=tuple(operands),
+        by_thread=True,
     )
     return below, Sums(*sums), kth
 
@@ -176,31 +132,44 @@ def _where(condition, x, y):
     return jax.tree.map(functools.partial(jnp.where, condition), x, y)
 
 
-def _follow(settings, rows, begins, row, chunk, *, lowest, enter, is_below, rise, write):
+def _first_below(num_edges, is_below, *kinds):
+    """Of each kind, openings or closings, the first edge that is below; the last one always is."""
+
+    def halve(_, brackets):
+        def halve_one(kind, low, high):
+            middle = (low + high) // 2
+            there = is_below(kind * num_edges + middle)
+            return jnp.where(there, low, middle + 1), jnp.where(there, middle, high)
+
+        return tuple(halve_one(kind, *x) for kind, x in zip(kinds, brackets, strict=True))
+
+    brackets = ((jnp.int32(0), jnp.int32(num_edges - 1)),) * len(kinds)
+    brackets = lax.fori_loop(0, (num_edges - 1).bit_length(), halve, brackets)
+    return [kind * num_edges + low for kind, (low, _) in zip(kinds, brackets, strict=True)]
+
+
+def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise, write):
     """Follows a threshold over a chunk.
 
     Args:
       settings: Of the call.
       rows: The keys.
-      begins: Places where chunks begin.
       row: Which row.
       chunk: Which chunk.
+      begin: Finds a place below the threshold of the keys before a chunk, of a document.
       lowest: The place below a document that ends here, with an empty pool.
       enter: Adds a key to the pool of a place, or takes it off.
       is_below: Whether a place is below the threshold of a document's pool.
       rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints.
       write: Keeps the place of a key.
     """
-    num_chunks = begins[0].shape[1]
-    after = (chunk + 1) * settings.chunk
-
-    def begin(chunk):
-        return jax.tree.map(lambda x: x[row, chunk], begins)
+    before = chunk * settings.chunk
+    after = before + settings.chunk
 
     def ahead(place, key, first, stop):
         """Where the next chunk begins, if that is below the threshold too, and further up."""
-        next_place = begin(jnp.minimum(chunk + 1, num_chunks - 1))
         goes_on = after < stop
+        next_place = begin(jnp.where(goes_on, chunk + 1, chunk), first, stop)
         num_later = jnp.where(goes_on, after - key - 1, 0)
         next_place = lax.fori_loop(
             0, num_later, lambda i, place: enter(place, key + 1 + i, -1), next_place
@@ -209,7 +178,7 @@ def _follow(settings, rows, begins, row, chunk, *, lowest, enter, is_below, rise
         return _where(is_further, next_place, place)
 
     def step(i, place):
-        key = chunk * settings.chunk + i
+        key = before + i
         first, stop = rows.start[row, key], rows.end[row, key]
         place = enter(_where(key == first, lowest(stop), place), key, 1)
 
@@ -224,15 +193,28 @@ def _follow(settings, rows, begins, row, chunk, *, lowest, enter, is_below, rise
         write(key, place)
         return place
 
-    size = jnp.minimum(settings.chunk, settings.length - chunk * settings.chunk)
-    lax.fori_loop(0, size, step, begin(chunk))
+    size = jnp.minimum(settings.chunk, settings.length - before)
+    lax.fori_loop(0, size, step, begin(chunk, rows.start[row, before], rows.end[row, before]))
 
 
-def walk_to_kth(settings, rows, begins, row, chunk, out):
+def walk_to_kth(settings, rows, edges, table, row, chunk, out):
     """Writes the rank of the k-th key of the pool that each key of a chunk completes."""
 
     def is_below(place, first, stop):
         return place.is_below_kth(first, stop, settings.k)
+
+    def begin(chunk, first, stop):
+        def place_at(edge):
+            _, num_above = table.look_up(row, chunk, edge)
+            # Keys of earlier documents are above.
+            return KthPlace(edges.look_up(settings, row, edge)[0], num_above - first)
+
+        (edge,) = _first_below(
+            settings.num_stretches, lambda edge: is_below(place_at(edge), first, stop), 0
+        )
+        place = place_at(edge)
+        # What is behind the document has entered none of its pools.
+        return place._replace(rank=jnp.minimum(place.rank, stop))
 
     def enter(place, key, weight):
         is_above = (rows.rank[row, key] < place.rank).astype(jnp.int32)
@@ -257,9 +239,9 @@ def walk_to_kth(settings, rows, begins, row, chunk, out):
     _follow(
         settings,
         rows,
-        begins,
         row,
         chunk,
+        begin=begin,
         lowest=lambda stop: KthPlace(stop, jnp.int32(0)),
         enter=enter,
         is_below=is_below,
@@ -277,13 +259,32 @@ class _SortedKey(NamedTuple):
     low: Int32[Array, ""]
 
 
-def walk_to_tau(settings, rows, begins, row, chunk, outs):
+def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
     """Writes, of every key of a chunk, `below` and `sums` of the place of its pool's tau."""
     one = 1 << settings.bits
     zero = jnp.int32(0)
 
     def is_below(place, first, stop):
         return place.is_below_tau(first, stop, settings.k, settings.bits)
+
+    def begin(chunk, first, stop):
+        def place_at(edge):
+            sums, _ = table.look_up(row, chunk, edge)
+            # Of each key of earlier documents both breakpoints are above, and add up to one.
+            sums = sums._replace(high=sums.high - (first << settings.bits))
+            opened, closed, rank, closes = edges.look_up(settings, row, edge)
+            high = rows.high[row, rank] - (closes << settings.bits)
+            return Place(opened, closed, sums, 2 * rank + closes, high, rows.low[row, rank])
+
+        nearest = _first_below(
+            settings.num_stretches, lambda edge: is_below(place_at(edge), first, stop), 0, 1
+        )
+        opens, closes = map(place_at, nearest)
+        place = _where(opens.depth < closes.depth, opens, closes)
+        # What is behind the document has entered none of its pools.
+        return place._replace(
+            opened=jnp.minimum(place.opened, stop), closed=jnp.minimum(place.closed, stop)
+        )
 
     def enter(place, key, weight):
         rank, high, low = (x[row, key] for x in (rows.rank, rows.key_high, rows.key_low))
@@ -336,9 +337,9 @@ def walk_to_tau(settings, rows, begins, row, chunk, outs):
     _follow(
         settings,
         rows,
-        begins,
         row,
         chunk,
+        begin=begin,
         lowest=lambda stop: Place(stop, stop, Sums(zero, zero, zero), zero, zero, zero),
         enter=enter,
         is_below=is_below,
