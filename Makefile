@@ -37,9 +37,12 @@ quickstart: $(INSTALLED)
 
 # Tests compile much and compute little. Made fast and less good, and by XLA's older emitters of loops (which operations are
 # fused stays the same), code takes less than half as long to compile. Plain pytest compiles as a user's program is compiled.
+# As many threads as there are processors help no worker where each processor has one: XLA would split a program to compile
+# its parts side by side, which costs more in all, and NumPy's idle threads would spin.
 # Each worker takes half of the tests in their order, then what another has left: tests of a module share what they compile.
 test: $(INSTALLED)
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters $$XLA_FLAGS" \
+	OPENBLAS_NUM_THREADS=1 XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 \
+	    --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters $$XLA_FLAGS" \
 	  $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(INSTALLED)
