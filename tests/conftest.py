@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import gc
 import importlib.util
 
 import jax
@@ -15,6 +16,14 @@ def forgotten_programs():
     """Frees a module's programs: all together need more memory maps than Linux grants a process."""
     yield
     jax.clear_caches()
+    gc.collect()
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector alone what was imported, and look less often: tracing has none."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):
