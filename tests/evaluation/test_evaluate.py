@@ -47,8 +47,14 @@ def check_loss(loss, losses, contexts, num_bytes):
         assert bucket.nats_per_token == pytest.approx(losses[inside].mean(), rel=1e-5)
 
 
-def test_loss_equals_that_of_whole_logits(run):
-    evaluation = evaluate(run.config, run.workdir)
+@pytest.fixture(scope="module")
+def plain(run):
+    """The run's evaluation without overrides."""
+    return evaluate(run.config, run.workdir)
+
+
+def test_loss_equals_that_of_whole_logits(run, plain):
+    evaluation = plain
     check_loss(evaluation.loss, *expected(run, run.result.model))
     assert (evaluation.step, evaluation.label, evaluation.notes) == (2, "sparsek", ())
     assert evaluation.loss.documents == len(run.result.corpus.validation)
@@ -59,7 +65,7 @@ def test_loss_equals_that_of_whole_logits(run):
         assert layer.support[0] >= 4
 
 
-def test_same_weights_with_dense_attention(run):
+def test_same_weights_with_dense_attention(run, plain):
     """k + w covers the row, so that SparseK is dense attention: the same loss by another path."""
     dense, all_kept = run.config.copy_and_resolve_references(), None
     dense.attention.kind = "dense"
@@ -68,13 +74,12 @@ def test_same_weights_with_dense_attention(run):
     all_kept.attention.num_selected = 40
     covered = evaluate(all_kept, run.workdir, overrides=["attention.num_selected"])
     assert evaluation.loss.nats_per_token == pytest.approx(covered.loss.nats_per_token, rel=1e-5)
-    sparse = evaluate(run.config, run.workdir)
-    assert evaluation.loss.nats_per_token != sparse.loss.nats_per_token
+    assert evaluation.loss.nats_per_token != plain.loss.nats_per_token
     assert evaluation.gates == ()
     assert evaluation.label == "dense"
     assert evaluation.notes == ("attention.kind='dense'; the weights were trained with 'sparsek'.",)
     assert covered.gates[0].verdicts == ("unused",)
-    sinks = dataclasses.replace(sparse.attention, kind="sinks", num_selected=4, sliding_window=9)
+    sinks = dataclasses.replace(plain.attention, kind="sinks", num_selected=4, sliding_window=9)
     described = to_json(dataclasses.replace(evaluation, attention=sinks))["attention"]
     assert (described, to_json(evaluation)["attention"]) == ("sinks k=4 w=9", "dense")
     sizes = {"num_selected": 4, "sliding_window": 8, "block_size": 6}
@@ -105,14 +110,13 @@ def test_a_run_of_sparsek_beside_linear_attention(tmp_path, run):
     assert text.num_tokens > 0
 
 
-def test_fewer_batches_and_another_batch_size(run):
+def test_fewer_batches_and_another_batch_size(run, plain):
     config = run.config.copy_and_resolve_references()
     config.eval.batch_size = 3
     config.eval.position_edges = (5, 20, 64)
     evaluation = evaluate(config, run.workdir)
     assert [(b.start, b.stop) for b in evaluation.loss.buckets] == [(0, 5), (5, 20), (20, 32)]
-    whole = evaluate(run.config, run.workdir)
-    assert evaluation.loss.nats_per_token == pytest.approx(whole.loss.nats_per_token, rel=1e-6)
+    assert evaluation.loss.nats_per_token == pytest.approx(plain.loss.nats_per_token, rel=1e-6)
     config.eval.batches = 1
     evaluation = evaluate(config, run.workdir)
     assert evaluation.loss.tokens == 3 * 32
@@ -180,7 +184,7 @@ def test_what_cannot_be_read_by_document_is_refused(run):
         evaluate(config, run.workdir, overrides=["data.packing"])
 
 
-def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run):
+def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run, plain):
     """The same text under another name gives the same documents, tokens and loss."""
     config = run.config.copy_and_resolve_references()
     source = tmp_path / "copy"
@@ -189,7 +193,7 @@ def test_other_text_is_read_with_the_run_s_tokenizer(tmp_path, run):
         (source / path.name).write_text(path.read_text())
     config.data.glob = str(source / "*.txt")
     evaluation = evaluate(config, run.workdir, overrides=["data.glob"])
-    assert evaluation.loss == evaluate(run.config, run.workdir).loss
+    assert evaluation.loss == plain.loss
     assert evaluation.label == f"sparsek_{prepare(config.data).directory.name}"
 
 
