@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.training.helpers import ROOT, environment
 
 SCRIPT = """
-import dataclasses
+import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -38,11 +40,17 @@ def gradients(config, sharding, segment_ids, dtype="float32"):
 
 
 # Heads are split where the other axes' sizes divide their number, scores where there are several.
-for sizes, changes, segment_ids in (
-    ((2, 2), {}, ids),
-    ((1, 4), {"shared_scores": True}, None),
-    ((2, 2), {"pattern": ("sinks", "random", "key_norm"), "implementation": "reference"}, ids),
-):
+SELECTIONS = {
+    "sparsek_linear": ((2, 2), {}, ids),
+    "shared scores": ((1, 4), {"shared_scores": True}, None),
+    "unlearned": (
+        (2, 2),
+        {"pattern": ("sinks", "random", "key_norm"), "implementation": "reference"},
+        ids,
+    ),
+}
+if sys.argv[1] in SELECTIONS:
+    sizes, changes, segment_ids = SELECTIONS[sys.argv[1]]
     mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     config = dataclasses.replace(CONFIG, **changes)
     split, params = gradients(config, NamedSharding(mesh, P("data")), segment_ids)
@@ -54,25 +62,26 @@ for sizes, changes, segment_ids in (
     lowered = split.trace(params, x).lower(lowering_platforms=("cuda",)).as_text()
     # Layers whose arrays have the same shapes share their kernels: random and key_norm do.
     assert lowered.count("mosaic_gpu_v2") >= 5 * min(2, len(config.pattern))
-
-kinds = ("moba", "nsa", "bigbird", "lsh")
-config = dataclasses.replace(
-    CONFIG, num_selected=12, sliding_window=6, block_size=3, pattern=kinds
-)
-whole, params = gradients(config, None, ids)
-expected = jax.tree.leaves(whole(params, x))
-for sizes in ((2, 2), (1, 4)):
-    mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    split, params = gradients(config, NamedSharding(mesh, P("data")), ids)
-    for a, b in zip(jax.tree.leaves(split(params, x)), expected, strict=True):
-        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+else:
+    kinds = ("moba", "nsa", "bigbird", "lsh")
+    config = dataclasses.replace(
+        CONFIG, num_selected=12, sliding_window=6, block_size=3, pattern=kinds
+    )
+    whole, params = gradients(config, None, ids)
+    expected = jax.tree.leaves(whole(params, x))
+    for sizes in ((2, 2), (1, 4)):
+        mesh = jax.make_mesh(sizes, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        split, params = gradients(config, NamedSharding(mesh, P("data")), ids)
+        for a, b in zip(jax.tree.leaves(split(params, x)), expected, strict=True):
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 print("equal on", len(jax.devices()), "devices")
 """
 
 
-def test_devices_attend_with_their_rows_and_heads():
+@pytest.mark.parametrize("layers", ["sparsek_linear", "shared scores", "unlearned", "others"])
+def test_devices_attend_with_their_rows_and_heads(layers):
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", SCRIPT, layers],
         cwd=ROOT,
         env=environment(devices=4) | {"PYTHONPATH": "."},
         capture_output=True,
