@@ -107,7 +107,6 @@ def _score_rows(key, scores):
 def _inputs(settings, key, value, score, selected):
     """Keys in order, keys in lists, and tau, as the kernels read them; lists' positions."""
     batch, length, num_kv_heads, _ = key.shape
-    selected = jax.tree.map(lambda x: varying_like(x, key), selected)
     tau, lifetimes, candidates = _per_head(num_kv_heads, selected)
     padded = score.shape[2]
     rows = Keys(key, value, score, _padded_rows(lifetimes.until, padded, 0))
@@ -150,7 +149,8 @@ def _attend_fwd(settings, query, key, value, scores, selecting):
 
     def read(selection):
         selected = selection.tau, selection.lifetimes, selection.candidates
-        rows, lists, tau, _ = _inputs(settings, key, value, score, selected)
+        varying = jax.tree.map(lambda x: varying_like(x, key), selected)
+        rows, lists, tau, _ = _inputs(settings, key, value, score, varying)
         return rows.until, lists, tau, selected
 
     until, lists, tau, selected = find_selection(of_selection, *selecting, read)
@@ -162,7 +162,8 @@ def _attend_fwd(settings, query, key, value, scores, selecting):
 
 def _attend_bwd(settings, residuals, cotangents):
     d_out, _ = cotangents
-    query, key, value, scores, documents, selected, out, lse = residuals
+    query, key, value, scores, *selection, out, lse = residuals
+    documents, selected = jax.tree.map(lambda x: varying_like(x, key), selection)
     batch, length, num_heads, _ = query.shape
     num_kv_heads = key.shape[2]
     score = _score_rows(key, scores)
@@ -179,8 +180,7 @@ def _attend_bwd(settings, residuals, cotangents):
     num_chunks = -(-length // settings.chunk_size)
     candidates = candidates.reshape(batch, num_kv_heads, num_chunks, -1)
     unpadded = scores.shape[1]
-    lifetimes = jax.tree.map(lambda x: varying_like(x, key), selected[1])
-    lifetimes = _per_head(num_kv_heads, lifetimes)
+    lifetimes = _per_head(num_kv_heads, selected[1])
     position = jnp.arange(unpadded, dtype=jnp.int32)[:, None]
     first = -(-(position + settings.window) // settings.chunk_size)
     last = (lifetimes.until - 1) // settings.chunk_size
@@ -203,10 +203,8 @@ def _attend_bwd(settings, residuals, cotangents):
     d_scores = with_lists(d_score[:, :unpadded], totals[2])
     if scores.shape[2] != num_kv_heads:
         d_scores, d_tau = (jnp.sum(x, axis=2, keepdims=True) for x in (d_scores, d_tau))
-    of_selection = selected[0], documents, d_tau
-    of_selection = jax.tree.map(lambda x: varying_like(x, scores), of_selection)
     # Last: XLA would put these many small operations where the GPU waits for what comes next.
-    of_selection = jax.lax.optimization_barrier(of_selection)
+    of_selection = jax.lax.optimization_barrier((selected[0], documents, d_tau))
     d_scores += tau_gradient(settings.window, scores, *of_selection)
     # NaN, as loud as others', if any: an infinite score is one whatever it is.
     d_scores = jnp.where(jnp.isinf(scores), 0.0, d_scores)
