@@ -84,8 +84,8 @@ def dropped_keys(until: Int32[Array, "B T K"], end: Int32[Array, "B T"]) -> Int3
 def chunk_lists(
     keys: Int32[Array, "R M"],
     lifetimes: Lifetimes,
-    until: Int32[Array, "R T"],
     *,
+    length: int,
     num_selected: int,
     window: int,
     chunk_size: int,
@@ -93,22 +93,24 @@ def chunk_lists(
     """Lists every key that a chunk's first query has selected at its slot; -1 elsewhere.
 
     Args:
-      keys: Positions of all that are ever selected, and maybe others.
+      keys: Positions of all that are ever selected, in order, and maybe others.
       lifetimes: Of these; `until` is 0 where there is no key.
-      until: Of all keys.
+      length: T.
       num_selected: k, at most T.
       window: w.
       chunk_size: Queries per chunk.
     """
-    num_rows, length = until.shape
-    row = rows_of(until)
+    num_rows = len(keys)
+    row = rows_of(keys)
     num_chunks = -(-length // chunk_size)
     chunk = (keys + window + chunk_size - 1) // chunk_size
     is_listed = chunk * chunk_size < lifetimes.until
     flat = (row * num_chunks + chunk) * num_selected + lifetimes.slot
     newest = jnp.full((num_rows * num_chunks * num_selected,), -1, jnp.int32)
-    newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(keys, mode="drop")
+    ids = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape)
+    newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(ids, mode="drop")
     occupant = jax.lax.cummax(newest.reshape(num_rows, num_chunks, num_selected), axis=1)
     first_query = chunk_size * np.arange(num_chunks, dtype=np.int32)[:, None]
-    ends = gather(until, row[..., None], jnp.maximum(occupant, 0))
-    return jnp.where((occupant >= 0) & (ends > first_query), occupant, -1)
+    at = row[..., None], jnp.maximum(occupant, 0)
+    is_selected = (occupant >= 0) & (gather(lifetimes.until, *at) > first_query)
+    return jnp.where(is_selected, gather(keys, *at), -1)

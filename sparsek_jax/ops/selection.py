@@ -272,7 +272,8 @@ def _search_in_rooms(settings, scores, start, end, then):
             keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
                 finite, start
             )
-            up_to = jnp.cumsum(keep, axis=1, dtype=jnp.int32)
+            # Many read it; each would add up its last few keys anew.
+            up_to = computed_once(jnp.cumsum(keep, axis=1, dtype=jnp.int32))
 
     def complete(search):
         with jax.named_scope(SCOPE):
@@ -345,7 +346,7 @@ def _search(settings, scores, start, end):
     until = jnp.where(until == end, end, jnp.minimum(until + settings.window, end))
     keys = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
     lifetimes = Lifetimes(until, slot)
-    lists = _lists(settings, keys, lifetimes, until)
+    lists = _lists(settings, keys, lifetimes, scores.shape[1])
     return gather(tau, row, newest), gather(kth, row, newest), lifetimes, lists
 
 
@@ -385,15 +386,17 @@ def _search_kept(settings, room, search, scores, keep, up_to, start, end):
     until = jnp.where(keep, gather(entry, row, place), ids + settings.window)
     slot = jnp.where(keep, gather(slot, row, place), 0)
     lifetimes = Lifetimes(jnp.minimum(until, end), slot)
-    lists = _lists(settings, position, of_kept, lifetimes.until)
+    lists = _lists(settings, position, of_kept, length)
     newest = gather(place, row, _newest(settings, start))
     kth = gather(position, row, gather(kth, row, newest))
     return gather(tau, row, newest), kth, lifetimes, lists
 
 
-def _lists(settings, *keys):
+def _lists(settings, keys, lifetimes, length):
     return chunk_lists(
-        *keys,
+        keys,
+        lifetimes,
+        length=length,
         num_selected=settings.num_selected,
         window=settings.window,
         chunk_size=settings.chunk_size,

@@ -19,10 +19,10 @@ from jax.sharding import PartitionSpec as P
 
 from sparsek_jax import sparsek_attention
 from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
-from sparsek_jax.ops.breakpoints import Sums
+from sparsek_jax.ops.breakpoints import Sums, fixed_point
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.gating import GATINGS
-from sparsek_jax.ops.mosaic_gpu import table, thresholds, walk
+from sparsek_jax.ops.mosaic_gpu import sort, table, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
 from sparsek_jax.ops.mosaic_gpu.spans import tile_span
@@ -230,6 +230,89 @@ def test_sums_over_chunks(num_chunks):
         )
 
 
+class _Bounded:
+    """An array of which nothing out of bounds is read or written, and nothing is written twice."""
+
+    def __init__(self, x):
+        self.x, self.written = np.array(x), np.zeros(np.shape(x), bool)
+
+    def at(self, index):
+        index = tuple(int(i) for i in index)
+        assert all(0 <= i < n for i, n in zip(index, self.x.shape, strict=True))
+        return index
+
+    def __getitem__(self, index):
+        return jnp.asarray(self.x[self.at(index)])
+
+    def __setitem__(self, index, value):
+        index = self.at(index)
+        assert not self.written[index]
+        self.x[index], self.written[index] = value, True
+
+    @property
+    def shape(self):
+        return self.x.shape
+
+
+def plain_rows(u, start, end, bits, *, packed):
+    """`sort_rows` by definition."""
+    del packed
+    key = jnp.lexsort((-u, start), axis=1).astype(jnp.int32)
+    by_rank = jnp.take_along_axis(u, key, 1)
+    rank = jnp.argsort(key, axis=1).astype(jnp.int32)
+    return sort.SortedRows(
+        key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end
+    )
+
+
+def each_in_a_loop(function, operands, dtypes):
+    """`sort._each_key` on any device, key after key."""
+
+    def kernel(*refs):
+        place = pl.program_id(0), pl.program_id(1)
+        function(refs[: len(operands)], *place, refs[len(operands) :])
+
+    shape = operands[0].shape
+    shapes = [jax.ShapeDtypeStruct(shape, x) for x in dtypes]
+    return pl.pallas_call(kernel, out_shape=shapes, grid=shape, interpret=True)(*operands)
+
+
+def each_in_bounds(function, operands, dtypes):
+    """`sort._each_key` step by step."""
+    operands = [_Bounded(x) for x in operands]
+    outs = [_Bounded(np.zeros(operands[0].shape, x)) for x in dtypes]
+    with jax.disable_jit():
+        for row, place in np.ndindex(operands[0].shape):
+            function(operands, row, jnp.int32(place), outs)
+    assert all(np.all(out.written) for out in outs)
+    return [jnp.asarray(out.x) for out in outs]
+
+
+@pytest.mark.parametrize(
+    ("length", "piece", "searches", "each"),
+    [
+        (1, 256, 8, each_in_a_loop),
+        (7, 1, 3, each_in_a_loop),
+        (300, 256, 8, each_in_a_loop),
+        (300, 8, 4, each_in_a_loop),
+        (9, 4, 2, each_in_bounds),
+    ],
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_sorts_rows(monkeypatch, length, piece, searches, each, is_packed):
+    monkeypatch.setattr(sort, "_each_key", each)
+    monkeypatch.setattr(sort, "_PIECE", piece)
+    monkeypatch.setattr(sort, "_SEARCHES", searches)
+    rng = np.random.default_rng(length)
+    few = rng.integers(-1, 2, length)
+    u = np.stack([rng.normal(size=length), few, few * -0.0]).astype(np.float32)
+    u[:, length // 2] = np.finfo(np.float32).min
+    segment_ids = jnp.broadcast_to(packed(length), u.shape) if is_packed else None
+    args = jnp.asarray(u), *document_bounds(segment_ids, *u.shape), 15
+    found, expected = (sorts(*args, packed=is_packed) for sorts in (sort.sort_rows, plain_rows))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def plain_table(settings, rows, edges):
     """`make_table` by definition."""
     at = np.arange(2 * settings.num_stretches, dtype=np.int32)
@@ -244,7 +327,7 @@ def plain_table(settings, rows, edges):
         ]
     ).astype(jnp.int32)
     before = jnp.cumsum(above, axis=2) - above
-    nothing = jnp.zeros_like(before[:, :, : settings.num_chunks])
+    nothing = jnp.zeros((*before.shape[:2], len(at), settings.num_chunks), jnp.int32)
     return table.Table(before[:, :, :: settings.chunk], nothing)
 
 
@@ -285,6 +368,7 @@ def check_walk(scores, segment_ids, k):
 @pytest.mark.parametrize(("length", "k"), [(1, 1), (40, 6), (600, 20), (700, 1)])
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
+    monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     monkeypatch.setattr(thresholds, "walk", walk_in_a_loop)
     scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
@@ -292,45 +376,22 @@ def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
     check_walk(scores, segment_ids, k)
 
 
-class _Bounded:
-    """An array of which nothing out of bounds is read or written, and nothing is written twice."""
-
-    def __init__(self, x):
-        self.x, self.written = np.array(x), np.zeros(np.shape(x), bool)
-
-    def at(self, index):
-        index = tuple(int(i) for i in index)
-        assert all(0 <= i < n for i, n in zip(index, self.x.shape, strict=True))
-        return index
-
-    def __getitem__(self, index):
-        return jnp.asarray(self.x[self.at(index)])
-
-    def __setitem__(self, index, value):
-        index = self.at(index)
-        assert not self.written[index]
-        self.x[index], self.written[index] = value, True
-
-    @property
-    def shape(self):
-        return self.x.shape
-
-
 def table_in_bounds(settings, rows, edges):
     """`make_table` step by step."""
-    num_rows, num_edges = len(rows.rank), 2 * settings.num_stretches
-    sizes = [x.shape[2] for x in jax.eval_shape(lambda: table.make_table(settings, rows, edges))]
-    outs = [_Bounded(np.zeros((3, num_rows, size, num_edges), np.int32)) for size in sizes]
+    shapes = jax.eval_shape(lambda: table.make_table(settings, rows, edges))
+    outs = [_Bounded(np.zeros(x.shape, np.int32)) for x in shapes]
+    _, num_rows, num_edges, num_groups = shapes.before.shape
     inputs = jax.tree.map(_Bounded, (rows, edges))
     with jax.disable_jit():
-        for place in np.ndindex(num_rows, sizes[1], num_edges):
+        for place in np.ndindex(num_rows, num_groups, num_edges):
             table.add_up(settings, *inputs, jnp.asarray(place, jnp.int32), *outs)
     assert all(np.all(out.written) for out in outs)
     in_group, totals = (out.x for out in outs)
-    found = table.Table(in_group, np.cumsum(totals, axis=2) - totals)
+    found = table.Table(in_group, np.cumsum(totals, axis=3) - totals)
     expected = plain_table(settings, rows, edges).in_group
-    for chunk in range(sizes[0]):
-        before = found.before[:, :, chunk // -(-sizes[0] // table._GROUPS)]
+    per_group = -(-settings.num_chunks // table._GROUPS)
+    for chunk in range(settings.num_chunks):
+        before = found.before[..., chunk // per_group]
         np.testing.assert_array_equal(found.in_group[:, :, chunk] + before, expected[:, :, chunk])
     return found
 
@@ -353,6 +414,7 @@ def walk_in_bounds(settings, *inputs):
     ("kind", "length"), [("gaussian", 30), ("tied", 32), ("near_constant", 30)]
 )
 def test_walking_stays_in_bounds(monkeypatch, kind, length):
+    monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
     monkeypatch.setattr(thresholds, "make_table", table_in_bounds)
     monkeypatch.setattr(thresholds, "walk", walk_in_bounds)
     monkeypatch.setattr(walk, "_FAR", 3)
@@ -381,6 +443,7 @@ def select(scores, segment_ids, **settings):
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
     calls = []
+    monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_in_a_loop(*x))
     length = 3000
@@ -401,19 +464,17 @@ def check_selections(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
-def test_walking_in_warps(monkeypatch):
-    def walk_in_warps(*inputs):
-        with plgpu.force_gpu_interpret_mode():
-            return walk.walk(*inputs)
-
+def test_sorting_and_walking_in_warps(monkeypatch):
     monkeypatch.setattr(thresholds, "make_table", plain_table)
-    monkeypatch.setattr(thresholds, "walk", walk_in_warps)
     # As if warps had one thread each.
-    monkeypatch.setattr(walk, "thread_index", lambda: jax.lax.axis_index("warp"))
     monkeypatch.setattr(walk, "_THREADS", 1)
-    monkeypatch.setattr(walk, "BLOCK", 4)
+    for module in (sort, walk):
+        monkeypatch.setattr(module, "thread_index", lambda: jax.lax.axis_index("warp"))
+        monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(sort, "_PIECE", 16)
     scores = jnp.asarray(make_scores("gaussian", 70)[None])
-    check_walk(scores, None, 5)
+    with plgpu.force_gpu_interpret_mode():
+        check_walk(scores, None, 5)
 
 
 @pytest.mark.gpu

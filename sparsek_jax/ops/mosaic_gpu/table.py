@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
 from sparsek_jax.ops.breakpoints import Sums
 from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
+from sparsek_jax.ops.mosaic_gpu.sort import SortedRows
 
 _HALF = 16  # bits: two counts share an int32
 _GROUPS = 32  # of chunks, at most
@@ -49,32 +50,6 @@ class WalkSettings(NamedTuple):
     def num_stretches(self) -> int:
         """Of a row."""
         return -(-self.length // self.stretch)
-
-
-class SortedRows(NamedTuple):
-    """Keys of rows, in order and sorted, documents one after the other.
-
-    Attributes:
-      key: By rank, the key.
-      u: By rank, its score.
-      high: By rank, its score in fixed point.
-      low: Likewise.
-      rank: By key, how many of its row are sorted before it.
-      key_high: By key, its score in fixed point.
-      key_low: Likewise.
-      start: By key, the first key of its document.
-      end: By key, the one after the last of its document.
-    """
-
-    key: Int32[Array, "R M"]
-    u: Float[Array, "R M"]
-    high: Int32[Array, "R M"]
-    low: Int32[Array, "R M"]
-    rank: Int32[Array, "R M"]
-    key_high: Int32[Array, "R M"]
-    key_low: Int32[Array, "R M"]
-    start: Int32[Array, "R M"]
-    end: Int32[Array, "R M"]
 
 
 class Edges(NamedTuple):
@@ -111,7 +86,7 @@ class Table(NamedTuple):
     """
 
     in_group: Int32[Array, "3 R chunks E"]
-    before: Int32[Array, "3 R groups E"]
+    before: Int32[Array, "3 R E groups"]
 
     def look_up(
         self, row: Int32[Array, ""], chunk: Int32[Array, ""], edge: Int32[Array, ""]
@@ -119,7 +94,7 @@ class Table(NamedTuple):
         """Sums over all keys before a chunk, and how many of these open above the edge."""
         group = chunk // _chunks_of_group(self.in_group.shape[2])
         counts, high, low = (
-            self.in_group[i, row, chunk, edge] + self.before[i, row, group, edge] for i in range(3)
+            self.in_group[i, row, chunk, edge] + self.before[i, row, edge, group] for i in range(3)
         )
         return Sums(counts & ((1 << _HALF) - 1), high, low), counts >> _HALF
 
@@ -144,8 +119,8 @@ def make_table(settings: WalkSettings, rows: SortedRows, edges: Edges) -> Table:
     in_group, totals = launch(
         table,
         out_type=[
-            jax.ShapeDtypeStruct((3, num_rows, size, num_edges), jnp.int32)
-            for size in (num_chunks, num_groups)
+            jax.ShapeDtypeStruct((3, num_rows, num_chunks, num_edges), jnp.int32),
+            jax.ShapeDtypeStruct((3, num_rows, num_edges, num_groups), jnp.int32),
         ],
         # Rows last: only of these there may be more than 65,535.
         grid=(-(-num_edges // BLOCK), num_groups, num_rows),
@@ -161,9 +136,9 @@ def _chunks_of_group(num_chunks):
 
 
 def _exclusive_sum(totals):
-    group = np.arange(totals.shape[2])
-    is_before = group[:, None] < group
-    return jnp.sum(jnp.where(is_before[..., None], totals[:, :, :, None], 0), axis=2)
+    group = np.arange(totals.shape[3])
+    is_before = group < group[:, None]
+    return jnp.sum(jnp.where(is_before, totals[:, :, :, None], 0), axis=-1)
 
 
 def add_up(settings, rows, edges, place, in_group, totals):
@@ -179,9 +154,9 @@ def add_up(settings, rows, edges, place, in_group, totals):
     are_whole = settings.length % settings.chunk == settings.chunk % size == 0
     one, one_opened = 1 << settings.bits, 1 << _HALF
 
-    def write(ref, index, sums):
+    def write(ref, *index, sums):
         for i, x in enumerate(sums):
-            ref[i, row, index, edge] = x
+            ref[i, row, *index] = x
 
     def begin_of(i):
         return (chunk + i // num_pieces) * settings.chunk + i % num_pieces * size
@@ -198,7 +173,7 @@ def add_up(settings, rows, edges, place, in_group, totals):
 
         @pl.when(i % num_pieces == 0)
         def _():
-            write(in_group, chunk + i // num_pieces, (counts, high, low))
+            write(in_group, chunk + i // num_pieces, edge, sums=(counts, high, low))
 
         stop = jnp.minimum((chunk + i // num_pieces + 1) * settings.chunk, settings.length)
         for j, (rank, key_high, key_low) in enumerate(of_keys):
@@ -214,4 +189,4 @@ def add_up(settings, rows, edges, place, in_group, totals):
 
     nothing = (jnp.int32(0),) * 3
     sums, _ = lax.fori_loop(0, num_mine * num_pieces, add_piece, (nothing, read(0)))
-    write(totals, group, sums)
+    write(totals, edge, group, sums=sums)

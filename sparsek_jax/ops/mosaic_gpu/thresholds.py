@@ -6,15 +6,15 @@ where it closes; a first kernel sums up what of every chunk's prefix is above ea
 chunk of keys begins, and goes on from there by itself (ops/mosaic_gpu/walk.py).
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from sparsek_jax.ops.breakpoints import fixed_point, resolution, tau_at
+from sparsek_jax.ops.breakpoints import resolution, tau_at
 from sparsek_jax.ops.descent import thresholds_of_prefixes
-from sparsek_jax.ops.indexing import gather, permute, rows_of
-from sparsek_jax.ops.mosaic_gpu.table import Edges, SortedRows, WalkSettings, make_table
+from sparsek_jax.ops.indexing import gather, rows_of
+from sparsek_jax.ops.mosaic_gpu.sort import sort_rows
+from sparsek_jax.ops.mosaic_gpu.table import Edges, WalkSettings, make_table
 from sparsek_jax.ops.mosaic_gpu.walk import walk
 
 _CHUNK, _STRETCH = 8, 32  # keys of each, at least
@@ -46,7 +46,7 @@ def thresholds_by_walking(
         stretch=max(_STRETCH, -(-length // num_stretches)),
         bits=resolution(length),
     )
-    rows = _sort(u, start, end, settings.bits, packed=packed)
+    rows = sort_rows(u, start, end, settings.bits, packed=packed)
     edges = _edges(settings, rows)
     below, sums, kth = walk(settings, rows, edges, make_table(settings, rows, edges))
 
@@ -58,17 +58,6 @@ def thresholds_by_walking(
     score = gather(rows.u, row, rank)
     tau = tau_at(score, closes, is_in_pool, sums, value, settings.k, settings.bits)
     return tau, gather(rows.key, row, kth)
-
-
-def _sort(u, start, end, bits, *, packed):
-    ids = jnp.broadcast_to(jnp.arange(u.shape[1], dtype=jnp.int32), u.shape)
-    # Stable, so ties stay in order of position.
-    keys = (start, -u) if packed else (-u,)
-    *_, negative, key = jax.lax.sort((*keys, ids), num_keys=len(keys), is_stable=True)
-    by_rank, rank = -negative, permute(ids, key)
-    return SortedRows(
-        key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end
-    )
 
 
 def _edges(settings, rows):

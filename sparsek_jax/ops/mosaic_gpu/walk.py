@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from sparsek_jax.ops.breakpoints import Sums, excess, is_positive
 from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
-from sparsek_jax.ops.mosaic_gpu.table import Edges, SortedRows, Table, WalkSettings
+from sparsek_jax.ops.mosaic_gpu.sort import SortedRows
+from sparsek_jax.ops.mosaic_gpu.table import Edges, Table, WalkSettings
 
 _THREADS = 4  # that follow the same walk: more walks in a warp would wait for each other
 _FAR = 256  # breakpoints of a key's walk, after which it looks where the next chunk begins
