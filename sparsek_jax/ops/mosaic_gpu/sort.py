@@ -20,7 +20,7 @@ from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 
 _PIECE = 256  # keys, at most
 _READ = 16  # keys of a piece that are read together, at most
-_SEARCHES = 8  # of a thread at once, at most
+_SEARCHES = 16  # of a thread at once, at most
 
 
 class SortedRows(NamedTuple):
