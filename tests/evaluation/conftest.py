@@ -31,6 +31,7 @@ def run(tmp_path_factory):
     config.attention.head_dim = 8
     config.attention.num_selected = 4
     config.attention.sliding_window = 3
+    config.attention.implementation = "reference"  # which compiles faster
     config.optimizer.warmup_steps = 1
     config.train.steps = 2
     config.train.batch_size = 2

@@ -92,7 +92,6 @@ def test_a_run_of_sparsek_beside_linear_attention(tmp_path, run):
     """Its scorers are judged and its text goes on, as those of a SparseK run."""
     config = run.config.copy_and_resolve_references()
     config.attention.update(kind="sparsek_linear", gating="straight_through")
-    config.attention.implementation = "reference"  # which compiles faster
     config.model.scan_layers = True
     with contextlib.redirect_stdout(io.StringIO()):
         train(config, tmp_path)
