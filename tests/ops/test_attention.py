@@ -15,12 +15,12 @@ from tests.ops import oracle
 KERNELS = pytest.param("mosaic_gpu", marks=pytest.mark.gpu)
 IMPLEMENTATIONS = ["reference", "xla", KERNELS]
 # What bfloat16 rounds differs between kinds of gating only in the kernels.
+GATINGS_IN = {"float32": GATINGS, "bfloat16": ("soft", "straight_through")}
 GRID = [
     (gating, name, dtype)
-    for gating in GATINGS
     for name in ("reference", "xla")
-    for dtype in ("float32", "bfloat16")
-    if dtype == "float32" or gating in ("soft", "straight_through")
+    for dtype, gatings in GATINGS_IN.items()
+    for gating in gatings
 ]
 GRID += [
     pytest.param(gating, "mosaic_gpu", dtype, marks=pytest.mark.gpu)
@@ -120,6 +120,23 @@ def run(query, key, value, scores, d_out, segment_ids, *, case, gating, implemen
     return out, *vjp(d_out)
 
 
+@functools.partial(jax.jit, static_argnames=("case", "gatings", "implementation"))
+def run_each(*inputs, gatings, **settings):
+    return {gating: run(*inputs, gating=gating, **settings) for gating in gatings}
+
+
+def run_as_one(*inputs, gating, implementation, case):
+    """`run`, of a program that all kinds of gating share.
+
+    It holds their selection once, which takes longer to compile than the rest. Kernels are compiled
+    by themselves.
+    """
+    if implementation == "mosaic_gpu":
+        return run(*inputs, case=case, gating=gating, implementation=implementation)
+    gatings = GATINGS_IN[str(inputs[0].dtype)]
+    return run_each(*inputs, gatings=gatings, case=case, implementation=implementation)[gating]
+
+
 @functools.cache
 def run_oracle(case, gating, dtype):
     *arrays, d_out, segment_ids = make_inputs(case, dtype)
@@ -136,7 +153,7 @@ def run_oracle(case, gating, dtype):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_and_gradients(case, gating, dtype, implementation):
     inputs = make_inputs(case, dtype)
-    actual = run(*inputs, case=case, gating=gating, implementation=implementation)
+    actual = run_as_one(*inputs, case=case, gating=gating, implementation=implementation)
     assert [x.dtype for x in actual] == [dtype] * 4 + ["float32"]
     found = errors(actual, run_oracle(case, gating, dtype))
     assert max(found.values()) <= TOLERANCE[dtype], found
@@ -223,8 +240,9 @@ def test_scores_computed_in_the_same_jit(length, packed, implementation):
 
     (*actual, d_x), scores = together(query, key, value, x)
     query, key, value, d_out = (x.astype(jnp.float32) for x in (query, key, value, d_out))
-    inputs = (query, key, value, scores, d_out, segment_ids)
-    # Compiled once for all implementations.
+    ids = jnp.ones((4, length), jnp.int32) if segment_ids is None else segment_ids
+    inputs = (query, key, value, scores, d_out, ids)
+    # Compiled once for all implementations, packed or not.
     expected = run(*inputs, case=case, gating="soft", implementation="reference")
     found = errors([*actual, d_x / 1.3], expected)
     assert max(found.values()) <= TOLERANCE[dtype], found
@@ -260,11 +278,11 @@ def test_tells_which_query_drops_each_key(case, implementation):
         "sliding_window": case.window,
         "segment_ids": segment_ids,
     }
-    attend = functools.partial(
-        sparsek_attention, *arrays, **settings, implementation=implementation
-    )
-    out, until = attend(return_until=True)
-    np.testing.assert_array_equal(out, attend())
+    attend = functools.partial(sparsek_attention, **settings, implementation=implementation)
+    # As one program, which is compiled faster than two.
+    both = jax.jit(lambda *arrays: (attend(*arrays, return_until=True), attend(*arrays)))
+    (out, until), alone = both(*arrays)
+    np.testing.assert_array_equal(out, alone)
     selection = causal_selection(arrays[3], **settings)
     assert until.dtype == jnp.int32
     np.testing.assert_array_equal(until, selection.lifetimes.until)
@@ -334,29 +352,10 @@ def test_nan_score_reaches_its_document_only(gating, implementation):
     query, key, value, scores, d_out, _ = make_inputs(case, dtype_of(implementation))
     # Three documents, so that one comes before and one after.
     segment_ids = jnp.array([0] * 20 + [1] * 15 + [2] * 5)[None].repeat(4, axis=0)
-    clean = run(
-        query,
-        key,
-        value,
-        scores,
-        d_out,
-        segment_ids,
-        case=case,
-        gating=gating,
-        implementation=implementation,
-    )
+    settings = {"case": case, "gating": gating, "implementation": implementation}
+    clean = run_as_one(query, key, value, scores, d_out, segment_ids, **settings)
     scores = scores.at[0, 25].set(jnp.nan)
-    out, *gradients = run(
-        query,
-        key,
-        value,
-        scores,
-        d_out,
-        segment_ids,
-        case=case,
-        gating=gating,
-        implementation=implementation,
-    )
+    out, *gradients = run_as_one(query, key, value, scores, d_out, segment_ids, **settings)
     # The key enters the pool at 28, with four other keys or more.
     assert np.isnan(out[0, 28:35]).all()
     np.testing.assert_array_equal(out[0, :28], clean[0][0, :28])
@@ -374,14 +373,15 @@ def test_nan_score_reaches_its_document_only(gating, implementation):
 @pytest.mark.parametrize("window", [0, 4])
 def test_gates_that_round_to_zero_leave_all_finite(window, gating, implementation):
     """Near-equal scores with a large offset, and one key whose logit outweighs all others."""
-    case = Case(1, 2, 32, 64, 1, window)
+    # So long that there may be pruning.
+    case = Case(1, 2, 32, 40, 1, window)
     dtype = dtype_of(implementation)
-    query, key = (jnp.ones((1, 64, heads, 32), dtype) for heads in (2, 1))
+    query, key = (jnp.ones((1, 40, heads, 32), dtype) for heads in (2, 1))
     key = (0 * key).at[0, 0].set(20.0)
-    scores = jnp.full((1, 64, 1), 2.0**20)
-    ids = jnp.zeros((1, 64), jnp.int32)
+    scores = jnp.full((1, 40, 1), 2.0**20)
+    ids = jnp.zeros((1, 40), jnp.int32)
     settings = {"case": case, "gating": gating, "implementation": implementation}
-    out, *gradients = run(query, key, 1 + 0 * key, scores, query, ids, **settings)
+    out, *gradients = run_as_one(query, key, 1 + 0 * key, scores, query, ids, **settings)
     assert np.isfinite(out).all()
     assert all(np.isfinite(x).all() for x in gradients)
     if gating in ("straight_through", "soft_weights"):
@@ -406,7 +406,7 @@ def test_memory_is_linear_in_length():
         compiled = jax.jit(gradients).lower(query, query, query, scores).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(8192) <= 4.2 * temporary_bytes(2048)
+    assert temporary_bytes(4096) <= 4.2 * temporary_bytes(1024)
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ def test_time_and_memory_do_not_grow_with_the_square_of_length():
         analysis = select.lower(scores, 32, 32).compile().memory_analysis()
         return analysis.temp_size_in_bytes
 
-    assert cost(8192) < 4.5 * cost(2048)
+    assert cost(4096) < 4.5 * cost(1024)
 
 
 @pytest.mark.parametrize(
