@@ -53,7 +53,8 @@ _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Draw the results in --out ag
 
 
 _PARTS = ("kernels", "gather")
-_OF_SELECTION = ("sort_pieces", "merge_pieces", "table", "walks")  # kernels of the selection
+# Kernels of the selection.
+_OF_SELECTION = ("sort_pieces", "merge_pieces", "edges", "table", "walks")
 
 
 class Shape(NamedTuple):

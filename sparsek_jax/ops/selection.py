@@ -118,6 +118,8 @@ class SelectionSettings(NamedTuple):
       chunk_size: Queries per chunk.
       packed: Whether rows hold several documents.
       search_first_room: Finds thresholds where few keys remain, as `thresholds_of_prefixes` does.
+      longest_first_room: Up to what length the second room is the first one: where a search takes
+        as long as there are keys, whatever the room.
     """
 
     num_selected: int
@@ -125,6 +127,7 @@ class SelectionSettings(NamedTuple):
     chunk_size: int
     packed: bool
     search_first_room: Callable[..., tuple[Array, Array]] = _in_few_launches
+    longest_first_room: int = 0
 
 
 # Compiled as one, a call outside of any jit takes a fraction of what its operations would.
@@ -267,6 +270,8 @@ def _search_in_rooms(settings, scores, start, end, then):
         is_finite = jnp.isfinite(scores)
         finite = jnp.where(is_finite, scores, 0.0)
         rooms = capacities(settings.num_selected, length)
+        if len(rooms) > 1 and rooms[1] <= settings.longest_first_room:
+            rooms = rooms[1:]
         first_bad = _first_bad(settings, ~is_finite, start)
         if rooms:
             keep = jax.vmap(functools.partial(may_matter, num_selected=settings.num_selected))(
@@ -358,8 +363,8 @@ def _search_kept(settings, room, search, scores, keep, up_to, start, end):
     num_kept = up_to[:, -1:]
     position = jax.lax.empty((num_rows, room), jnp.int32)
     position = scatter(position, (row, up_to - 1), ids, where=keep)
-    # What is left of the room are documents that nobody asks for, of one key each, as it takes time
-    # to find a threshold where there is one.
+    # What is left of the room are empty documents that nobody asks for, as it takes time to find a
+    # threshold where there is one.
     slots = jnp.arange(room, dtype=jnp.int32)
     is_free = slots >= num_kept
     position = jnp.where(is_free, length - 1, position)
@@ -370,7 +375,7 @@ def _search_kept(settings, room, search, scores, keep, up_to, start, end):
     else:
         starts, ends = jnp.int32(0), num_kept
     starts = jnp.where(is_free, slots, starts)
-    ends = jnp.where(is_free, slots + 1, ends)
+    ends = jnp.where(is_free, slots, ends)
 
     # Behind all others when sorted, as their documents come last.
     kept_scores = jnp.where(is_free, jnp.finfo(scores.dtype).min, gather(scores, row, position))

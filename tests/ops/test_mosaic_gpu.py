@@ -22,6 +22,7 @@ from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
 from sparsek_jax.ops.breakpoints import Sums, fixed_point
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.gating import GATINGS
+from sparsek_jax.ops.mosaic_gpu import edges as edge_kernel
 from sparsek_jax.ops.mosaic_gpu import sort, table, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
@@ -237,7 +238,7 @@ class _Bounded:
         self.x, self.written = np.array(x), np.zeros(np.shape(x), bool)
 
     def at(self, index):
-        index = tuple(int(i) for i in index)
+        index = tuple(int(i) for i in (index if isinstance(index, tuple) else (index,)))
         assert all(0 <= i < n for i, n in zip(index, self.x.shape, strict=True))
         return index
 
@@ -255,32 +256,35 @@ class _Bounded:
 
 
 def plain_rows(u, start, end, bits, *, packed):
-    """`sort_rows` by definition."""
+    """`sort_rows` by definition, with at least one place more that is no key."""
     del packed
+    place = np.arange(u.shape[1] + sort.SHORTEST - u.shape[1] % sort.SHORTEST)
+    padding = ((0, 0), (0, len(place) - u.shape[1]))
+    u = jnp.pad(u, padding, constant_values=np.finfo(np.float32).min)
+    start, end = (jnp.where(place < x.shape[1], jnp.pad(x, padding), place) for x in (start, end))
     key = jnp.lexsort((-u, start), axis=1).astype(jnp.int32)
     by_rank = jnp.take_along_axis(u, key, 1)
     rank = jnp.argsort(key, axis=1).astype(jnp.int32)
-    return sort.SortedRows(
-        key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end
-    )
+    scores = fixed_point(by_rank, bits), fixed_point(u, bits)
+    num_keys = jnp.sum(end > place, axis=1, dtype=jnp.int32)
+    return sort.SortedRows(key, by_rank, *scores[0], rank, *scores[1], start, end, num_keys)
 
 
-def each_in_a_loop(function, operands, dtypes):
+def each_in_a_loop(function, operands, outs):
     """`sort._each_key` on any device, key after key."""
 
     def kernel(*refs):
         place = pl.program_id(0), pl.program_id(1)
         function(refs[: len(operands)], *place, refs[len(operands) :])
 
-    shape = operands[0].shape
-    shapes = [jax.ShapeDtypeStruct(shape, x) for x in dtypes]
-    return pl.pallas_call(kernel, out_shape=shapes, grid=shape, interpret=True)(*operands)
+    grid = operands[0].shape
+    return pl.pallas_call(kernel, out_shape=outs, grid=grid, interpret=True)(*operands)
 
 
-def each_in_bounds(function, operands, dtypes):
+def each_in_bounds(function, operands, outs):
     """`sort._each_key` step by step."""
     operands = [_Bounded(x) for x in operands]
-    outs = [_Bounded(np.zeros(operands[0].shape, x)) for x in dtypes]
+    outs = [_Bounded(np.zeros(x.shape, x.dtype)) for x in outs]
     with jax.disable_jit():
         for row, place in np.ndindex(operands[0].shape):
             function(operands, row, jnp.int32(place), outs)
@@ -308,16 +312,57 @@ def test_sorts_rows(monkeypatch, length, piece, searches, each, is_packed):
     u = np.stack([rng.normal(size=length), few, few * -0.0]).astype(np.float32)
     u[:, length // 2] = np.finfo(np.float32).min
     segment_ids = jnp.broadcast_to(packed(length), u.shape) if is_packed else None
-    args = jnp.asarray(u), *document_bounds(segment_ids, *u.shape), 15
-    found, expected = (sorts(*args, packed=is_packed) for sorts in (sort.sort_rows, plain_rows))
+    start, end = document_bounds(segment_ids, *u.shape)
+    place = np.arange(length)
+    num_keys = np.array([length, -(-length // 2), 1])
+    is_key = place < num_keys[:, None]
+    u = jnp.where(is_key, u, np.finfo(np.float32).min)
+    end = jnp.minimum(end, num_keys[:, None])
+    start, end = (jnp.where(is_key, x, place) for x in (start, end))
+    rows, expected = (
+        sorts(u, start, end, 15, packed=is_packed) for sorts in (sort.sort_rows, plain_rows)
+    )
+    np.testing.assert_array_equal(rows.num_keys, num_keys)
+    for found, x in zip(rows[:-1], expected[:-1], strict=True):
+        np.testing.assert_array_equal(found[:, :length], x[:, :length])
+    np.testing.assert_array_equal(rows.rank[:, length:], np.indices(rows.rank.shape)[1][:, length:])
+
+
+def plain_edges(settings, rows):
+    """`find_edges` by definition."""
+    num_keys, places = rows.num_keys[:, None], np.arange(rows.u.shape[1])
+    stretch = np.arange(1, settings.num_stretches + 1)
+    rank = jnp.minimum(settings.stretch(num_keys) * stretch, num_keys)
+    at = jnp.minimum(rank, num_keys - 1)
+    key, here = (jnp.take_along_axis(x, at, 1) for x in (rows.key, rows.u))
+    first, stop = (jnp.take_along_axis(x, key, 1)[..., None] for x in (rows.start, rows.end))
+    scores, here = rows.u[:, None], here[..., None]
+
+    def others(is_above):
+        is_above = (places < first) | ((places < stop) & is_above)
+        return jnp.where(rank == num_keys, num_keys, jnp.sum(is_above, -1)).astype(jnp.int32)
+
+    closed, opened = others(scores - 1.0 > here), others(scores >= here - 1.0)
+    return edge_kernel.Edges(jnp.concatenate([rank, opened], 1), jnp.concatenate([closed, rank], 1))
+
+
+def edges_in_bounds(settings, rows):
+    """`find_edges` step by step."""
+    shapes = jax.eval_shape(lambda: edge_kernel.find_edges(settings, rows))
+    outs = [_Bounded(np.zeros(x.shape, np.int32)) for x in shapes]
+    bounded = jax.tree.map(_Bounded, rows)
+    with jax.disable_jit():
+        for row, edge in np.ndindex(shapes.opened.shape):
+            edge_kernel.find_edge(settings, bounded, row, jnp.int32(edge), outs)
+    assert all(np.all(out.written) for out in outs)
+    found, expected = edge_kernel.Edges(*(out.x for out in outs)), plain_edges(settings, rows)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+    return jax.tree.map(jnp.asarray, found)
 
 
 def plain_table(settings, rows, edges):
     """`make_table` by definition."""
-    at = np.arange(2 * settings.num_stretches, dtype=np.int32)
-    counts = edges.look_up(settings, slice(None), at)[:2]
-    opens, closes = (rows.rank[..., None] < x[:, None] for x in jnp.broadcast_arrays(*counts))
+    opens, closes = (rows.rank[..., None] < x[:, None] for x in (edges.opened, edges.closed))
     above = jnp.stack(
         [
             opens * (1 + (1 << 16)) - closes,
@@ -327,8 +372,16 @@ def plain_table(settings, rows, edges):
         ]
     ).astype(jnp.int32)
     before = jnp.cumsum(above, axis=2) - above
-    nothing = jnp.zeros((*before.shape[:2], len(at), settings.num_chunks), jnp.int32)
-    return table.Table(before[:, :, :: settings.chunk], nothing)
+    begins = settings.chunk(rows.num_keys)[:, None] * np.arange(settings.num_chunks)
+    begins = jnp.minimum(begins, rows.rank.shape[1] - 1)[..., None]
+    nothing = jnp.zeros((*edges.opened.shape, settings.num_chunks), jnp.int32)
+    return table.Table(
+        jnp.stack([jnp.take_along_axis(x, begins, 1) for x in before]), jnp.stack([nothing] * 3)
+    )
+
+
+def has_keys(settings, num_keys, chunk):
+    return chunk * settings.chunk(num_keys) < num_keys
 
 
 def walk_in_a_loop(settings, *inputs):
@@ -338,9 +391,12 @@ def walk_in_a_loop(settings, *inputs):
 
     def kernel(*refs):
         inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
-        place = pl.program_id(0), pl.program_id(1)
-        walk.walk_to_tau(settings, *inputs, *place, outs[:-1])
-        walk.walk_to_kth(settings, *inputs, *place, outs[-1])
+        row, chunk = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(has_keys(settings, inputs[0].num_keys[row], chunk))
+        def _():
+            walk.walk_to_tau(settings, *inputs, row, chunk, outs[:-1])
+            walk.walk_to_kth(settings, *inputs, row, chunk, outs[-1])
 
     shapes = [jax.ShapeDtypeStruct(rows.rank.shape, jnp.int32)] * 5
     grid = len(rows.rank), sums.in_group.shape[2]
@@ -369,6 +425,7 @@ def check_walk(scores, segment_ids, k):
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_walking_finds_what_the_tree_does(monkeypatch, length, k, is_packed):
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
+    monkeypatch.setattr(thresholds, "find_edges", plain_edges)
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     monkeypatch.setattr(thresholds, "walk", walk_in_a_loop)
     scores = jnp.asarray(np.stack([make_scores(kind, length) for kind in SCORES]))
@@ -385,14 +442,16 @@ def table_in_bounds(settings, rows, edges):
     with jax.disable_jit():
         for place in np.ndindex(num_rows, num_groups, num_edges):
             table.add_up(settings, *inputs, jnp.asarray(place, jnp.int32), *outs)
-    assert all(np.all(out.written) for out in outs)
+    chunks = np.arange(settings.num_chunks)
+    of_keys = np.asarray(has_keys(settings, rows.num_keys[:, None], chunks))
+    assert np.all(outs[0].written == of_keys[:, :, None])
+    assert np.all(outs[1].written)
     in_group, totals = (out.x for out in outs)
     found = table.Table(in_group, np.cumsum(totals, axis=3) - totals)
+    before = found.before[..., chunks // -(-settings.num_chunks // table._GROUPS)]
+    whole = in_group + np.swapaxes(before, 2, 3)
     expected = plain_table(settings, rows, edges).in_group
-    per_group = -(-settings.num_chunks // table._GROUPS)
-    for chunk in range(settings.num_chunks):
-        before = found.before[..., chunk // per_group]
-        np.testing.assert_array_equal(found.in_group[:, :, chunk] + before, expected[:, :, chunk])
+    np.testing.assert_array_equal(whole[:, of_keys], expected[:, of_keys])
     return found
 
 
@@ -400,12 +459,15 @@ def walk_in_bounds(settings, *inputs):
     """`walk` step by step."""
     rows, edges, sums = jax.tree.map(_Bounded, inputs)
     outs = [_Bounded(jnp.zeros_like(inputs[0].rank)) for _ in range(5)]
+    num_keys = np.asarray(inputs[0].num_keys)
     with jax.disable_jit():
-        for row, chunk in np.ndindex(rows.rank.shape[0], sums.in_group.shape[2]):
-            place = row, jnp.int32(chunk)
-            walk.walk_to_tau(settings, rows, edges, sums, *place, outs[:-1])
-            walk.walk_to_kth(settings, rows, edges, sums, *place, outs[-1])
-    assert all(np.all(out.written) for out in outs)
+        for row, chunk in np.ndindex(len(num_keys), settings.num_chunks):
+            if has_keys(settings, num_keys[row], chunk):
+                place = row, jnp.int32(chunk)
+                walk.walk_to_tau(settings, rows, edges, sums, *place, outs[:-1])
+                walk.walk_to_kth(settings, rows, edges, sums, *place, outs[-1])
+    is_key = np.arange(inputs[0].rank.shape[1]) < num_keys[:, None]
+    assert all(np.array_equal(out.written, is_key) for out in outs)
     below, *sums, kth = (jnp.asarray(out.x) for out in outs)
     return below, Sums(*sums), kth
 
@@ -415,10 +477,13 @@ def walk_in_bounds(settings, *inputs):
 )
 def test_walking_stays_in_bounds(monkeypatch, kind, length):
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
+    monkeypatch.setattr(thresholds, "find_edges", edges_in_bounds)
     monkeypatch.setattr(thresholds, "make_table", table_in_bounds)
     monkeypatch.setattr(thresholds, "walk", walk_in_bounds)
     monkeypatch.setattr(walk, "_FAR", 3)
     monkeypatch.setattr(table, "_GROUPS", 3)
+    for module in (sort, edge_kernel, table):
+        monkeypatch.setattr(module, "SHORTEST", 4)
     for name in ("_CHUNK", "_STRETCH"):
         monkeypatch.setattr(thresholds, name, 4)
     scores = jnp.asarray(make_scores(kind, length)[None])
@@ -444,6 +509,7 @@ def select(scores, segment_ids, **settings):
 def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
     calls = []
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
+    monkeypatch.setattr(thresholds, "find_edges", plain_edges)
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_in_a_loop(*x))
     # Documents keep more keys than there is room for first, the row without them does not.
@@ -470,7 +536,7 @@ def test_sorting_and_walking_in_warps(monkeypatch):
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     # As if warps had one thread each.
     monkeypatch.setattr(walk, "_THREADS", 1)
-    for module in (sort, walk):
+    for module in (sort, edge_kernel, walk):
         monkeypatch.setattr(module, "thread_index", lambda: jax.lax.axis_index("warp"))
         monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(sort, "_PIECE", 16)

@@ -15,7 +15,7 @@ from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.forward import forward
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 from sparsek_jax.ops.mosaic_gpu.operands import LOWEST, Keys, Outcome, Settings
-from sparsek_jax.ops.mosaic_gpu.thresholds import thresholds_by_walking
+from sparsek_jax.ops.mosaic_gpu.thresholds import LONGEST, thresholds_by_walking
 from sparsek_jax.ops.selection import (
     SelectionSettings,
     document_bounds,
@@ -143,6 +143,7 @@ def _attend_fwd(settings, query, key, value, scores, selecting):
         settings.chunk_size,
         settings.packed,
         thresholds_by_walking,
+        LONGEST,
     )
 
     score = _score_rows(key, scores)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
@@ -20,11 +21,15 @@ from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 
 _PIECE = 256  # keys, at most
 _READ = 16  # keys of a piece that are read together, at most
+SHORTEST = 8  # rows have a multiple of so many places
 _SEARCHES = 16  # of a thread at once, at most
 
 
 class SortedRows(NamedTuple):
     """Keys of rows, in order and sorted, documents one after the other.
+
+    Rows may be longer than they have keys. What is behind the last one is at its own place, below
+    everything else.
 
     Attributes:
       key: By rank, the key.
@@ -36,6 +41,7 @@ class SortedRows(NamedTuple):
       key_low: Likewise.
       start: By key, the first key of its document.
       end: By key, the one after the last of its document.
+      num_keys: Of a row.
     """
 
     key: Int32[Array, "R M"]
@@ -47,6 +53,7 @@ class SortedRows(NamedTuple):
     key_low: Int32[Array, "R M"]
     start: Int32[Array, "R M"]
     end: Int32[Array, "R M"]
+    num_keys: Int32[Array, " R"]
 
 
 def sort_rows(
@@ -62,18 +69,22 @@ def sort_rows(
     Args:
       u: Finite scores.
       start: First key of every key's document.
-      end: The one after its last.
+      end: The one after its last. What is no key has an empty document, comes last in its row, and
+        has the lowest score that there is.
       bits: Of fixed point.
       packed: Whether rows hold several documents.
+
+    Returns:
+      The rows, with a few places more that are no keys, for whoever reads several at once.
     """
     length = u.shape[1]
-    size = min(_PIECE, 1 << (length - 1).bit_length())
+    size = max(min(_PIECE, 1 << (length - 1).bit_length()), SHORTEST)
     at_once = min(_SEARCHES, -(-length // size))
-    # What is added comes last.
     padding = ((0, 0), (0, -length % (at_once * size)))
-    columns = (jnp.pad(u, padding, constant_values=-jnp.inf),)
-    if packed:
-        columns = (jnp.pad(start, padding, constant_values=length), *columns)
+    u = jnp.pad(u, padding, constant_values=np.finfo(np.float32).min)
+    place = np.arange(u.shape[1], dtype=np.int32)
+    start, end = (jnp.where(place < length, jnp.pad(x, padding), place) for x in (start, end))
+    columns = (start, u) if packed else (u,)
 
     def sort_pieces(*refs):
         rank_in_piece(size, *refs)
@@ -82,15 +93,17 @@ def sort_rows(
         rank_in_row(size, at_once, *refs)
 
     # The kernels' names come from these, and benchmarks/attention.py knows them.
-    pieces = _each_key(sort_pieces, columns, [jnp.int32, *(x.dtype for x in columns)])
-    merged = _each_key(merge_pieces, pieces, [jnp.int32, u.dtype, jnp.int32])
-    key, by_rank, rank = (x[:, :length] for x in merged)
+    like = [jax.ShapeDtypeStruct(u.shape, x) for x in (jnp.int32, u.dtype)]
+    num_keys = jax.ShapeDtypeStruct((len(u),), jnp.int32)
+    outs = [*(like[:1] if packed else []), like[1], like[0], num_keys]
+    *pieces, num_keys = _each_key(sort_pieces, (*columns, end), outs)
+    key, by_rank, rank = _each_key(merge_pieces, (*pieces, num_keys), [like[0], like[1], like[0]])
     return SortedRows(
-        key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end
+        key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end, num_keys
     )
 
 
-def _each_key(function, operands, dtypes):
+def _each_key(function, operands, outs):
     """Lets a thread run `function` of operands, a row, a place in it, and results."""
     num_rows, length = operands[0].shape
 
@@ -105,7 +118,7 @@ def _each_key(function, operands, dtypes):
 
     return launch(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((num_rows, length), x) for x in dtypes],
+        out_type=outs,
         # Rows last: only of these there may be more than 65,535.
         grid=(-(-length // BLOCK), num_rows),
         grid_names=("block", "row"),
@@ -123,11 +136,15 @@ def _comes_before(other, mine, is_earlier):
     return is_before
 
 
-def rank_in_piece(size, columns, row, key, outs):
-    """Writes a key, and what it is sorted by, to its place in its piece."""
+def rank_in_piece(size, operands, row, key, outs):
+    """Writes a key, and what it is sorted by, to its place in its piece; the last one's number."""
+    *columns, ends = operands
+    *outs, num_keys = outs
+    length = ends.shape[1]
     step = min(size, _READ)
     begin = key // size * size
     mine = [x[row, key] for x in columns]
+    is_key = ends[row, key] > key
 
     def count(i, rank):
         first = begin + step * i
@@ -137,16 +154,25 @@ def rank_in_piece(size, columns, row, key, outs):
             rank += _comes_before(other, mine, first + j < key).astype(jnp.int32)
         return rank
 
-    rank = lax.fori_loop(0, size // step, count, begin)
-    for out, x in zip(outs, (key, *mine), strict=True):
+    rank = lax.fori_loop(0, jnp.where(is_key, size // step, 0), count, begin)
+    rank = jnp.where(is_key, rank, key)
+    for out, x in zip(outs, (*mine, key), strict=True):
         out[row, rank] = x
 
+    later = jnp.minimum(key + 1, length - 1)
 
-def rank_in_row(size, at_once, pieces, row, place, outs):
+    @pl.when(is_key & ((key == length - 1) | (ends[row, later] <= later)))
+    def _():
+        num_keys[row] = key + 1
+
+
+def rank_in_row(size, at_once, operands, row, place, outs):
     """Writes a key of a sorted piece and its score by its rank in the row, and that by the key."""
-    keys, *columns = pieces
+    *columns, keys, num_keys = operands
     sorted_keys, sorted_u, ranks = outs
     mine = [x[row, place] for x in columns]
+    num_mine = num_keys[row]
+    is_key = place < num_mine
 
     def is_before(at):
         # Equal ones are in order of position, within pieces too.
@@ -161,8 +187,9 @@ def rank_in_row(size, at_once, pieces, row, place, outs):
             ends = [jnp.where(is_before(x + step - 1), x + step, x) for x in ends]
         return rank + sum(end - begin for begin, end in zip(begins, ends, strict=True))
 
-    num_pieces = keys.shape[1] // size
-    rank = lax.fori_loop(0, num_pieces // at_once, count, jnp.int32(0))
+    num_steps = jnp.where(is_key, lax.div(num_mine + (at_once * size - 1), at_once * size), 0)
+    rank = lax.fori_loop(0, num_steps, count, jnp.int32(0))
+    rank = jnp.where(is_key, rank, place)
     key = keys[row, place]
     sorted_keys[row, rank] = key
     sorted_u[row, rank] = mine[-1]

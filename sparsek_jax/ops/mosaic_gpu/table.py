@@ -1,8 +1,8 @@
 """The kernel that sums up what of every prefix of a row is above the edges of stretches.
 
-Where a chunk of keys begins, a threshold is above one edge and below the next. Which one follows
-from a table of sums over "the keys before a chunk" x "the breakpoints above an edge"
-(ops/breakpoints.py).
+Where a chunk of keys begins, a threshold is above one edge (ops/mosaic_gpu/edges.py) and below the
+next. Which one follows from a table of sums over "the keys before a chunk" x "the breakpoints above
+an edge" (ops/breakpoints.py).
 """
 
 from typing import NamedTuple
@@ -15,67 +15,13 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
 from sparsek_jax.ops.breakpoints import Sums
+from sparsek_jax.ops.mosaic_gpu.edges import Edges, WalkSettings
 from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
-from sparsek_jax.ops.mosaic_gpu.sort import SortedRows
+from sparsek_jax.ops.mosaic_gpu.sort import SHORTEST, SortedRows
 
 _HALF = 16  # bits: two counts share an int32
 _GROUPS = 32  # of chunks, at most
-_AT_ONCE = 16  # keys whose numbers are read together, at most
-
-
-class WalkSettings(NamedTuple):
-    """Of a call.
-
-    Attributes:
-      k: How many keys are selected, less than a row has.
-      length: Keys of a row.
-      chunk: Keys of a chunk.
-      stretch: Sorted keys of a stretch.
-      bits: Of fixed point.
-    """
-
-    k: int
-    length: int
-    chunk: int
-    stretch: int
-    bits: int
-
-    @property
-    def num_chunks(self) -> int:
-        """Of a row."""
-        return -(-self.length // self.chunk)
-
-    @property
-    def num_stretches(self) -> int:
-        """Of a row."""
-        return -(-self.length // self.stretch)
-
-
-class Edges(NamedTuple):
-    """Cuts between the breakpoints of a row, each right above the opening or closing of a key.
-
-    Of every stretch but the first, it is the first key's; a last edge is below everything. First
-    come those where keys open, from the highest, then those where they close.
-
-    Attributes:
-      closed: Where keys open, how many close above, of the same or earlier ones.
-      opened: Where keys close, how many of the row open above.
-    """
-
-    closed: Int32[Array, "R stretches"]
-    opened: Int32[Array, "R stretches"]
-
-    def look_up(
-        self, settings: WalkSettings, row: Int32[Array, ""], edge: Int32[Array, ""]
-    ) -> tuple[Int32[Array, ""], ...]:
-        """How many keys open above and how many close, the rank of the key, if it closes."""
-        closes = edge // settings.num_stretches
-        stretch = edge - closes * settings.num_stretches
-        itself = jnp.minimum(settings.stretch * (stretch + 1), settings.length)
-        opened = jnp.where(closes == 0, itself, self.opened[row, stretch])
-        closed = jnp.where(closes == 0, self.closed[row, stretch], itself)
-        return opened, closed, jnp.minimum(itself, settings.length - 1), closes
 
 
 class Table(NamedTuple):
@@ -100,7 +46,7 @@ class Table(NamedTuple):
 
 
 def make_table(settings: WalkSettings, rows: SortedRows, edges: Edges) -> Table:
-    """Sums up, for every chunk and edge of rows of at most 2^15 keys."""
+    """Sums up, for every chunk with keys and edge of rows of at most 2^15 keys."""
     num_rows, num_edges = len(rows.rank), 2 * settings.num_stretches
     num_chunks = settings.num_chunks
     num_groups = -(-num_chunks // _chunks_of_group(num_chunks))
@@ -144,49 +90,47 @@ def _exclusive_sum(totals):
 def add_up(settings, rows, edges, place, in_group, totals):
     """Fills in one edge of a group of chunks."""
     row, group, edge = place
-    opened, closed, _, _ = edges.look_up(settings, row, edge)
+    opened, closed = edges.opened[row, edge], edges.closed[row, edge]
     keys = rows.rank, rows.key_high, rows.key_low
+    num_keys, num_places = rows.num_keys[row], rows.rank.shape[1]
+    pieces = settings.chunk(num_keys) // SHORTEST  # of a chunk
     per_group = _chunks_of_group(settings.num_chunks)
-    chunk = group * per_group
-    num_mine = jnp.minimum(per_group, settings.num_chunks - chunk)
-    size = min(settings.chunk, _AT_ONCE, settings.length)  # of a piece of a chunk
-    num_pieces = -(-settings.chunk // size)
-    are_whole = settings.length % settings.chunk == settings.chunk % size == 0
+    first_chunk = group * per_group
+    first_piece = first_chunk * pieces
+    num_mine = jnp.minimum(per_group, settings.num_chunks - first_chunk) * pieces
+    num_left = (num_keys + (SHORTEST - 1)) // SHORTEST - first_piece
     one, one_opened = 1 << settings.bits, 1 << _HALF
 
     def write(ref, *index, sums):
         for i, x in enumerate(sums):
             ref[i, row, *index] = x
 
-    def begin_of(i):
-        return (chunk + i // num_pieces) * settings.chunk + i % num_pieces * size
-
     def read(i):
         # In a row, which takes fewer instructions.
-        begin = jnp.minimum(begin_of(i), settings.length - size)
-        return begin, [[x[row, begin + j] for x in keys] for j in range(size)]
+        begin = SHORTEST * jnp.minimum(first_piece + i, num_places // SHORTEST - 1)
+        return [[x[row, begin + j] for x in keys] for j in range(SHORTEST)]
 
     def add_piece(i, state):
         # The next ones are read before these are used: they take time to come.
-        (counts, high, low), (begin, of_keys) = state
+        (counts, high, low), of_keys, (chunk, piece) = state
         later = read(i + 1)
 
-        @pl.when(i % num_pieces == 0)
+        @pl.when(piece == 0)
         def _():
-            write(in_group, chunk + i // num_pieces, edge, sums=(counts, high, low))
+            write(in_group, chunk, edge, sums=(counts, high, low))
 
-        stop = jnp.minimum((chunk + i // num_pieces + 1) * settings.chunk, settings.length)
-        for j, (rank, key_high, key_low) in enumerate(of_keys):
+        # What is no key is below all edges.
+        for rank, key_high, key_low in of_keys:
             opens, closes = rank < opened, rank < closed
-            if not are_whole:
-                is_mine = (begin + j >= begin_of(i)) & (begin + j < stop)
-                opens, closes = opens & is_mine, closes & is_mine
             # What closes above an edge opens there too.
             counts += jnp.where(closes, one_opened, jnp.where(opens, one_opened + 1, 0))
             high += jnp.where(closes, one, jnp.where(opens, key_high, 0))
             low += jnp.where(opens & ~closes, key_low, 0)
-        return (counts, high, low), later
+        ends_chunk = piece == pieces - 1
+        chunk, piece = jnp.where(ends_chunk, chunk + 1, chunk), jnp.where(ends_chunk, 0, piece + 1)
+        return (counts, high, low), later, (chunk, piece)
 
     nothing = (jnp.int32(0),) * 3
-    sums, _ = lax.fori_loop(0, num_mine * num_pieces, add_piece, (nothing, read(0)))
+    state = nothing, read(0), (first_chunk, jnp.int32(0))
+    sums, _, _ = lax.fori_loop(0, jnp.minimum(num_mine, num_left), add_piece, state)
     write(totals, edge, group, sums=sums)

@@ -20,10 +20,11 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int32
 
 from sparsek_jax.ops.breakpoints import Sums, excess, is_positive
+from sparsek_jax.ops.mosaic_gpu.edges import Edges, WalkSettings
 from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 from sparsek_jax.ops.mosaic_gpu.sort import SortedRows
-from sparsek_jax.ops.mosaic_gpu.table import Edges, Table, WalkSettings
+from sparsek_jax.ops.mosaic_gpu.table import Table
 
 _THREADS = 4  # that follow the same walk: more walks in a warp would wait for each other
 _FAR = 256  # breakpoints of a key's walk, after which it looks where the next chunk begins
@@ -97,7 +98,8 @@ def walk(
       table: `make_table` of these.
 
     Returns:
-      For every key, `below` and `sums` of the place of tau, and the rank of the k-th key.
+      For every key, `below` and `sums` of the place of tau, and the rank of the k-th key. Anything
+      for what is no key.
     """
     operands, treedef = jax.tree.flatten((rows, edges, table))
     num_chunks = settings.num_chunks
@@ -108,12 +110,14 @@ def walk(
         inputs, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
         threshold, block, row = (lax.axis_index(x) for x in ("threshold", "block", "row"))
         chunk = block * of_block + thread_index() // _THREADS
+        num_keys = inputs[0].num_keys[row]
+        has_keys = (chunk < num_chunks) & (chunk * settings.chunk(num_keys) < num_keys)
 
-        @pl.when((chunk < num_chunks) & (threshold == 0))
+        @pl.when(has_keys & (threshold == 0))
         def _():
             walk_to_tau(settings, *inputs, row, chunk, outs[:-1])
 
-        @pl.when((chunk < num_chunks) & (threshold == 1))
+        @pl.when(has_keys & (threshold == 1))
         def _():
             walk_to_kth(settings, *inputs, row, chunk, outs[-1])
 
@@ -164,8 +168,10 @@ def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise,
       rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints.
       write: Keeps the place of a key.
     """
-    before = chunk * settings.chunk
-    after = before + settings.chunk
+    num_keys = rows.num_keys[row]
+    chunk_size = settings.chunk(num_keys)
+    before = chunk * chunk_size
+    after = before + chunk_size
 
     def ahead(place, key, first, stop):
         """Where the next chunk begins, if that is below the threshold too, and further up."""
@@ -194,7 +200,7 @@ def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise,
         write(key, place)
         return place
 
-    size = jnp.minimum(settings.chunk, settings.length - before)
+    size = jnp.minimum(chunk_size, num_keys - before)
     lax.fori_loop(0, size, step, begin(chunk, rows.start[row, before], rows.end[row, before]))
 
 
@@ -208,7 +214,7 @@ def walk_to_kth(settings, rows, edges, table, row, chunk, out):
         def place_at(edge):
             _, num_above = table.look_up(row, chunk, edge)
             # Keys of earlier documents are above.
-            return KthPlace(edges.look_up(settings, row, edge)[0], num_above - first)
+            return KthPlace(edges.opened[row, edge], num_above - first)
 
         (edge,) = _first_below(
             settings.num_stretches, lambda edge: is_below(place_at(edge), first, stop), 0
@@ -273,7 +279,9 @@ def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
             sums, _ = table.look_up(row, chunk, edge)
             # Of each key of earlier documents both breakpoints are above, and add up to one.
             sums = sums._replace(high=sums.high - (first << settings.bits))
-            opened, closed, rank, closes = edges.look_up(settings, row, edge)
+            opened, closed = edges.opened[row, edge], edges.closed[row, edge]
+            closes = (edge >= settings.num_stretches).astype(jnp.int32)
+            rank = jnp.minimum(jnp.where(closes == 0, opened, closed), rows.num_keys[row] - 1)
             high = rows.high[row, rank] - (closes << settings.bits)
             return Place(opened, closed, sums, 2 * rank + closes, high, rows.low[row, rank])
 

@@ -1,0 +1,118 @@
+"""The kernel that finds where thresholds of a row are looked for first.
+
+Sorted keys are cut into stretches. There is an edge where the first key of each opens, and another
+where it closes (ops/breakpoints.py). What is above an edge is known by two numbers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Int32
+
+from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
+from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
+from sparsek_jax.ops.mosaic_gpu.sort import SHORTEST, SortedRows
+
+
+class WalkSettings(NamedTuple):
+    """Of a call.
+
+    Attributes:
+      k: How many keys are selected, less than a row has.
+      num_chunks: That the keys of a row are cut into, at most.
+      num_stretches: That its sorted keys are cut into, at most.
+      bits: Of fixed point.
+    """
+
+    k: int
+    num_chunks: int
+    num_stretches: int
+    bits: int
+
+    def chunk(self, num_keys: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
+        """Keys of a chunk of a row of so many keys, but for the last one."""
+        return SHORTEST * _ceil_div(num_keys, SHORTEST * self.num_chunks)
+
+    def stretch(self, num_keys: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
+        """Sorted keys of a stretch of a row of so many keys, but for the last one."""
+        return _ceil_div(num_keys, self.num_stretches)
+
+
+class Edges(NamedTuple):
+    """Cuts between the breakpoints of a row, each right above the opening or closing of a key.
+
+    Of every stretch but the first, it is the first key's; what is left is below everything. First
+    come those where keys open, from the highest, then those where they close.
+
+    Attributes:
+      opened: How many keys of the row open above.
+      closed: How many close above, of the same document or earlier ones.
+    """
+
+    opened: Int32[Array, "R E"]
+    closed: Int32[Array, "R E"]
+
+
+def find_edges(settings: WalkSettings, rows: SortedRows) -> Edges:
+    """Finds two edges for each stretch."""
+    num_rows, num_edges = len(rows.rank), 2 * settings.num_stretches
+    operands, treedef = jax.tree.flatten(rows)
+
+    # The kernel's name comes from this one, and benchmarks/attention.py knows it.
+    def edges(*refs):
+        rows, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
+        block, row = (lax.axis_index(x) for x in ("block", "row"))
+        edge = block * BLOCK + thread_index()
+
+        @pl.when(edge < num_edges)
+        def _():
+            find_edge(settings, rows, row, edge, outs)
+
+    outs = launch(
+        edges,
+        out_type=[jax.ShapeDtypeStruct((num_rows, num_edges), jnp.int32)] * 2,
+        # Rows last: only of these there may be more than 65,535.
+        grid=(_ceil_div(num_edges, BLOCK), num_rows),
+        grid_names=("block", "row"),
+        operands=tuple(operands),
+        by_thread=True,
+    )
+    return Edges(*outs)
+
+
+def _ceil_div(x, y):
+    return (x + (y - 1)) // y
+
+
+def find_edge(settings, rows, row, edge, outs):
+    """Writes how many keys open and close above an edge."""
+    num_keys = rows.num_keys[row]
+    closes = edge >= settings.num_stretches
+    stretch = edge - jnp.where(closes, settings.num_stretches, 0)
+    rank = jnp.minimum(settings.stretch(num_keys) * (stretch + 1), num_keys)
+    is_last = rank == num_keys
+    at = jnp.minimum(rank, num_keys - 1)
+    key, u = rows.key[row, at], rows.u[row, at]
+
+    def halve(_, bracket):
+        low, high = bracket
+        middle = (low + high) // 2
+        other = rows.u[row, jnp.minimum(middle, num_keys - 1)]
+        # Of equal ones, what closes is below what opens.
+        is_above = jnp.where(closes, other >= u - 1.0, other - 1.0 > u)
+        goes_on = low < high
+        return (
+            jnp.where(goes_on & is_above, middle + 1, low),
+            jnp.where(goes_on & ~is_above, middle, high),
+        )
+
+    # All of earlier documents are above.
+    bracket = rows.start[row, key], rows.end[row, key]
+    found, _ = lax.fori_loop(0, rows.u.shape[1].bit_length(), halve, bracket)
+    found = jnp.where(is_last, num_keys, found)
+    opened, closed = outs
+    opened[row, edge] = jnp.where(closes, found, rank)
+    closed[row, edge] = jnp.where(closes, rank, found)
