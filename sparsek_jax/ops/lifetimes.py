@@ -6,6 +6,7 @@ else the key that was the cutoff. An accepted newcomer takes the slot of the key
 key keeps its slot, a number below k, for as long as it is selected.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -29,12 +30,25 @@ class Lifetimes(NamedTuple):
     slot: Int32[Array, "R T"]
 
 
+def chain_starts(previous: Int32[Array, "R M"]) -> Int32[Array, "R M"]:
+    """Where one gets to from every key by going on to `previous` until that is the key itself."""
+    row = rows_of(previous)
+    # Every round goes four times as far.
+    for _ in range(-(-previous.shape[1].bit_length() // 2)):
+        fourth = previous
+        for _ in range(3):
+            fourth = gather(previous, row, fourth)
+        previous = fourth
+    return previous
+
+
 def key_lifetimes(
     kth: Int32[Array, "R M"],
     start: Int32[Array, "R M"],
     end: Int32[Array, "R M"],
     *,
     num_selected: int,
+    chain_starts: Callable[[Int32[Array, "R M"]], Int32[Array, "R M"]] = chain_starts,
 ) -> Lifetimes:
     """Follows every key from its entry into the pool; time is told by the keys that enter.
 
@@ -43,6 +57,7 @@ def key_lifetimes(
       start: First key of every key's document.
       end: Key after the last of every key's document.
       num_selected: k.
+      chain_starts: As the function of this name.
 
     Returns:
       Lifetimes, `until` as the key at whose entry this one is dropped, or the end of the document.
@@ -56,14 +71,9 @@ def key_lifetimes(
     dropped = jnp.where(rejected, newcomer, previous_kth)
     until = scatter(end, (row, dropped), newcomer, where=exceeds)
 
-    # A key's predecessor in its slot, itself for the first. Every round goes four times as far.
-    first = jnp.where(exceeds & ~rejected, previous_kth, newcomer)
-    for _ in range(-(-kth.shape[1].bit_length() // 2)):
-        fourth = first
-        for _ in range(3):
-            fourth = gather(first, row, fourth)
-        first = fourth
-    return Lifetimes(until, first - start)
+    # A key's predecessor in its slot, itself for the first.
+    predecessor = jnp.where(exceeds & ~rejected, previous_kth, newcomer)
+    return Lifetimes(until, chain_starts(predecessor) - start)
 
 
 def dropped_keys(until: Int32[Array, "B T K"], end: Int32[Array, "B T"]) -> Int32[Array, "B T K"]:
@@ -89,6 +99,7 @@ def chunk_lists(
     num_selected: int,
     window: int,
     chunk_size: int,
+    packed: bool,
 ) -> Int32[Array, "R chunks k"]:
     """Lists every key that a chunk's first query has selected at its slot; -1 elsewhere.
 
@@ -99,6 +110,7 @@ def chunk_lists(
       num_selected: k, at most T.
       window: w.
       chunk_size: Queries per chunk.
+      packed: Whether rows hold several documents.
     """
     num_rows = len(keys)
     row = rows_of(keys)
@@ -110,7 +122,10 @@ def chunk_lists(
     ids = jnp.broadcast_to(jnp.arange(keys.shape[1], dtype=jnp.int32), keys.shape)
     newest = newest.at[jnp.where(is_listed, flat, newest.size)].max(ids, mode="drop")
     occupant = jax.lax.cummax(newest.reshape(num_rows, num_chunks, num_selected), axis=1)
-    first_query = chunk_size * np.arange(num_chunks, dtype=np.int32)[:, None]
     at = row[..., None], jnp.maximum(occupant, 0)
-    is_selected = (occupant >= 0) & (gather(lifetimes.until, *at) > first_query)
+    is_selected = occupant >= 0
+    if packed:
+        # Before the document ends a slot only ever passes to a newer key.
+        first_query = chunk_size * np.arange(num_chunks, dtype=np.int32)[:, None]
+        is_selected &= gather(lifetimes.until, *at) > first_query
     return jnp.where(is_selected, gather(keys, *at), -1)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 from sparsek_jax.ops.checks import check_array, check_int
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.indexing import gather, rows_of, scatter
-from sparsek_jax.ops.lifetimes import Lifetimes, chunk_lists, key_lifetimes
+from sparsek_jax.ops.lifetimes import Lifetimes, chain_starts, chunk_lists, key_lifetimes
 from sparsek_jax.ops.pruning import capacities, may_matter
 from sparsek_jax.ops.tracing import computed_once, varying_like
 
@@ -106,7 +106,20 @@ def causal_selection(
 # Tells a profile what is the selection's, of a program that does more.
 SCOPE = "causal_selection"
 
-_in_few_launches = functools.partial(thresholds_of_prefixes, at_once=True, unroll=True)
+
+class Search(NamedTuple):
+    """How a room is searched.
+
+    Attributes:
+      thresholds: As `thresholds_of_prefixes`.
+      chain_starts: As `lifetimes.chain_starts`.
+    """
+
+    thresholds: Callable[..., tuple[Array, Array]]
+    chain_starts: Callable[[Array], Array] = chain_starts
+
+
+_IN_FEW_LAUNCHES = Search(functools.partial(thresholds_of_prefixes, at_once=True, unroll=True))
 
 
 class SelectionSettings(NamedTuple):
@@ -117,7 +130,7 @@ class SelectionSettings(NamedTuple):
       window: w, at most T.
       chunk_size: Queries per chunk.
       packed: Whether rows hold several documents.
-      search_first_room: Finds thresholds where few keys remain, as `thresholds_of_prefixes` does.
+      first_room: How to search where few keys remain.
       longest_first_room: Up to what length the second room is the first one: where a search takes
         as long as there are keys, whatever the room.
     """
@@ -126,7 +139,7 @@ class SelectionSettings(NamedTuple):
     window: int
     chunk_size: int
     packed: bool
-    search_first_room: Callable[..., tuple[Array, Array]] = _in_few_launches
+    first_room: Search = _IN_FEW_LAUNCHES
     longest_first_room: int = 0
 
 
@@ -297,13 +310,13 @@ def _search_in_rooms(settings, scores, start, end, then):
         # Keys that do not fit are cut off, to stay in bounds. What is found without them is not
         # used.
         fitting = keep & (up_to <= smallest), jnp.minimum(up_to, smallest)
-    found = complete(search_in(smallest, settings.search_first_room, *fitting))
+    found = complete(search_in(smallest, settings.first_room, *fitting))
 
     def search_further(_):
         searches = [lambda: _search(settings, finite, start, end)]
         for room in reversed(larger):
-            search = functools.partial(thresholds_of_prefixes, at_once=room == larger[0])
-            searches.append(search_in(room, search, keep, up_to))
+            thresholds = functools.partial(thresholds_of_prefixes, at_once=room == larger[0])
+            searches.append(search_in(room, Search(thresholds), keep, up_to))
         chosen = jnp.sum(most <= np.array(larger, np.int32), dtype=jnp.int32)
         return varying_like(jnp.bool_(False), most), complete(
             lambda: jax.lax.switch(chosen, searches)
@@ -346,7 +359,9 @@ def _newest(settings, start):
 
 def _search(settings, scores, start, end):
     """Finds tau and k-th key of every query whose pool exceeds k, and all keys' lifetimes."""
-    tau, kth, until, slot = _at_entries(settings, thresholds_of_prefixes, scores, start, end)
+    tau, kth, until, slot = _at_entries(
+        settings, Search(thresholds_of_prefixes), scores, start, end
+    )
     row, newest = rows_of(scores), _newest(settings, start)
     until = jnp.where(until == end, end, jnp.minimum(until + settings.window, end))
     keys = jnp.broadcast_to(jnp.arange(scores.shape[1], dtype=jnp.int32), scores.shape)
@@ -405,21 +420,26 @@ def _lists(settings, keys, lifetimes, length):
         num_selected=settings.num_selected,
         window=settings.window,
         chunk_size=settings.chunk_size,
+        packed=settings.packed,
     )
 
 
 def _at_entries(settings, search, scores, start, end):
     """For every key that enters a pool: tau and k-th key then; the key's lifetime."""
-    tau, kth = search(scores, start, end, settings.num_selected, packed=settings.packed)
+    num_selected = settings.num_selected
+    tau, kth = search.thresholds(scores, start, end, num_selected, packed=settings.packed)
     entered = jnp.arange(scores.shape[1], dtype=jnp.int32) - start
-    tau = jnp.where(entered >= settings.num_selected, tau, -jnp.inf)
+    tau = jnp.where(entered >= num_selected, tau, -jnp.inf)
     # Exact thresholds rise already. The maximum removes the last bit's noise, so that the queries
     # for which a key is interior are one interval to the bit.
     if settings.packed:
         tau = jax.vmap(functools.partial(_running, jnp.maximum))(tau, start)
     else:
         tau = jax.lax.cummax(tau, axis=1)
-    return tau, kth, *key_lifetimes(kth, start, end, num_selected=settings.num_selected)
+    lifetimes = key_lifetimes(
+        kth, start, end, num_selected=num_selected, chain_starts=search.chain_starts
+    )
+    return tau, kth, *lifetimes
 
 
 def _running(

@@ -18,18 +18,19 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sparsek_jax import sparsek_attention
+from sparsek_jax.ops import lifetimes
 from sparsek_jax.ops.block_config import TUNED, BlockConfig, tuned
 from sparsek_jax.ops.breakpoints import Sums, fixed_point
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.gating import GATINGS
+from sparsek_jax.ops.mosaic_gpu import chains, launch, sort, table, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu import edges as edge_kernel
-from sparsek_jax.ops.mosaic_gpu import sort, table, thresholds, walk
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.operands import Settings
 from sparsek_jax.ops.mosaic_gpu.spans import tile_span
 from sparsek_jax.ops.mosaic_gpu.tile import tile_cotangents, tile_gates
 from sparsek_jax.ops.pruning import capacities
-from sparsek_jax.ops.selection import SelectionSettings, document_bounds, find_selection
+from sparsek_jax.ops.selection import Search, SelectionSettings, document_bounds, find_selection
 from tests.ops.test_selection import SCORES, make_scores, packed
 
 CONFIG = Settings(
@@ -271,22 +272,23 @@ def plain_rows(u, start, end, bits, *, packed):
 
 
 def each_in_a_loop(function, operands, outs):
-    """`sort._each_key` on any device, key after key."""
+    """`launch_by_place` on any device, key after key."""
 
     def kernel(*refs):
         place = pl.program_id(0), pl.program_id(1)
         function(refs[: len(operands)], *place, refs[len(operands) :])
 
-    grid = operands[0].shape
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs]
+    grid = outs[0].shape
     return pl.pallas_call(kernel, out_shape=outs, grid=grid, interpret=True)(*operands)
 
 
 def each_in_bounds(function, operands, outs):
-    """`sort._each_key` step by step."""
+    """`launch_by_place` step by step."""
     operands = [_Bounded(x) for x in operands]
     outs = [_Bounded(np.zeros(x.shape, x.dtype)) for x in outs]
     with jax.disable_jit():
-        for row, place in np.ndindex(operands[0].shape):
+        for row, place in np.ndindex(outs[0].shape):
             function(operands, row, jnp.int32(place), outs)
     assert all(np.all(out.written) for out in outs)
     return [jnp.asarray(out.x) for out in outs]
@@ -304,7 +306,7 @@ def each_in_bounds(function, operands, outs):
 )
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_sorts_rows(monkeypatch, length, piece, searches, each, is_packed):
-    monkeypatch.setattr(sort, "_each_key", each)
+    monkeypatch.setattr(sort, "launch_by_place", each)
     monkeypatch.setattr(sort, "_PIECE", piece)
     monkeypatch.setattr(sort, "_SEARCHES", searches)
     rng = np.random.default_rng(length)
@@ -326,6 +328,22 @@ def test_sorts_rows(monkeypatch, length, piece, searches, each, is_packed):
     for found, x in zip(rows[:-1], expected[:-1], strict=True):
         np.testing.assert_array_equal(found[:, :length], x[:, :length])
     np.testing.assert_array_equal(rows.rank[:, length:], np.indices(rows.rank.shape)[1][:, length:])
+
+
+@pytest.mark.parametrize("each", [each_in_a_loop, each_in_bounds, None])
+@pytest.mark.parametrize("length", [1, 2, 17, 40])
+def test_follows_chains(monkeypatch, each, length):
+    """By the kernel, and where there is none."""
+    monkeypatch.setattr(chains, "launch_by_place", each)
+    monkeypatch.setattr(chains, "_STEPS", 3)
+    key = np.arange(length)
+    previous = np.stack([np.maximum(key - 1, 0), np.maximum(key - key % 7, 0), key])
+    previous[1, length // 2 :] = np.random.default_rng(0).integers(key[length // 2 :] + 1)
+    expected = previous
+    for _ in key:
+        expected = np.take_along_axis(expected, previous, axis=1)
+    find = chains.chain_starts if each else lifetimes.chain_starts
+    np.testing.assert_array_equal(find(jnp.asarray(previous, jnp.int32)), expected)
 
 
 def plain_edges(settings, rows):
@@ -505,24 +523,30 @@ def select(scores, segment_ids, **settings):
     return find_selection(settings, scores, documents, lambda selection: selection)
 
 
+BY_KERNELS = Search(thresholds.thresholds_by_walking, chains.chain_starts)
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
+@pytest.mark.parametrize("room", [128, 256])
+def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed, room):
+    """Of a row without documents, the keys left fit in either room, of one with them in one."""
     calls = []
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
     monkeypatch.setattr(thresholds, "find_edges", plain_edges)
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     monkeypatch.setattr(thresholds, "walk", lambda *x: calls.append(x) or walk_in_a_loop(*x))
-    # Documents keep more keys than there is room for first, the row without them does not.
+    monkeypatch.setattr(chains, "launch_by_place", each_in_a_loop)
     length = 600
     scores = np.stack([make_scores(kind, length) for kind in ("gaussian", "heavy_tailed")], -1)
     scores[50, 0] = np.nan
     segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
     scores = jnp.asarray(scores)[None]
-    search = thresholds.thresholds_by_walking
+    settings = {"num_selected": 8, "first_room": BY_KERNELS, "longest_first_room": room}
     # Compiled as one, a selection takes a fraction of what its operations would.
-    found = jax.jit(functools.partial(select, search_first_room=search))(scores, segment_ids)
-    assert len(calls) == 1
-    expected = jax.jit(select)(scores, segment_ids)
+    found = jax.jit(functools.partial(select, **settings))(scores, segment_ids)
+    ((_, rows, *_),) = calls
+    assert room <= rows.rank.shape[1] < 2 * room
+    expected = jax.jit(functools.partial(select, num_selected=8))(scores, segment_ids)
     check_selections(found, expected)
 
 
@@ -536,7 +560,7 @@ def test_sorting_and_walking_in_warps(monkeypatch):
     monkeypatch.setattr(thresholds, "make_table", plain_table)
     # As if warps had one thread each.
     monkeypatch.setattr(walk, "_THREADS", 1)
-    for module in (sort, edge_kernel, walk):
+    for module in (launch, walk):
         monkeypatch.setattr(module, "thread_index", lambda: jax.lax.axis_index("warp"))
         monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(sort, "_PIECE", 16)
@@ -552,12 +576,12 @@ def test_sorting_and_walking_in_warps(monkeypatch):
 def test_selects_what_other_devices_do(kind, length, is_packed):
     scores = jnp.asarray(make_scores(kind, 3 * length).reshape(1, length, 3))
     segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
-    searches = thresholds.thresholds_by_walking, thresholds_of_prefixes
     found, expected = (
-        jax.jit(functools.partial(select, num_selected=300, search_first_room=search))(
-            scores, segment_ids
+        jax.jit(functools.partial(select, num_selected=300, **settings))(scores, segment_ids)
+        for settings in (
+            {"first_room": BY_KERNELS, "longest_first_room": thresholds.LONGEST},
+            {"first_room": Search(thresholds_of_prefixes)},
         )
-        for search in searches
     )
     check_selections(found, expected)
 

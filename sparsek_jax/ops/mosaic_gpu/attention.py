@@ -11,12 +11,14 @@ from sparsek_jax.ops.block_config import KernelConfigs, tuned
 from sparsek_jax.ops.indexing import gather
 from sparsek_jax.ops.mosaic_gpu.by_key import key_backward
 from sparsek_jax.ops.mosaic_gpu.by_query import query_backward
+from sparsek_jax.ops.mosaic_gpu.chains import chain_starts
 from sparsek_jax.ops.mosaic_gpu.chunk_sums import sum_over_chunks
 from sparsek_jax.ops.mosaic_gpu.forward import forward
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
 from sparsek_jax.ops.mosaic_gpu.operands import LOWEST, Keys, Outcome, Settings
 from sparsek_jax.ops.mosaic_gpu.thresholds import LONGEST, thresholds_by_walking
 from sparsek_jax.ops.selection import (
+    Search,
     SelectionSettings,
     document_bounds,
     find_selection,
@@ -142,7 +144,7 @@ def _attend_fwd(settings, query, key, value, scores, selecting):
         settings.window,
         settings.chunk_size,
         settings.packed,
-        thresholds_by_walking,
+        Search(thresholds_by_walking, chain_starts),
         LONGEST,
     )
 

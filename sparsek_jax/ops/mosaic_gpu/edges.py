@@ -9,11 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Int32
 
-from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
-from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
+from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
 from sparsek_jax.ops.mosaic_gpu.sort import SHORTEST, SortedRows
 
 
@@ -62,25 +60,11 @@ def find_edges(settings: WalkSettings, rows: SortedRows) -> Edges:
     operands, treedef = jax.tree.flatten(rows)
 
     # The kernel's name comes from this one, and benchmarks/attention.py knows it.
-    def edges(*refs):
-        rows, outs = treedef.unflatten(refs[: len(operands)]), refs[len(operands) :]
-        block, row = (lax.axis_index(x) for x in ("block", "row"))
-        edge = block * BLOCK + thread_index()
+    def edges(operands, row, edge, outs):
+        find_edge(settings, treedef.unflatten(operands), row, edge, outs)
 
-        @pl.when(edge < num_edges)
-        def _():
-            find_edge(settings, rows, row, edge, outs)
-
-    outs = launch(
-        edges,
-        out_type=[jax.ShapeDtypeStruct((num_rows, num_edges), jnp.int32)] * 2,
-        # Rows last: only of these there may be more than 65,535.
-        grid=(_ceil_div(num_edges, BLOCK), num_rows),
-        grid_names=("block", "row"),
-        operands=tuple(operands),
-        by_thread=True,
-    )
-    return Edges(*outs)
+    outs = [jax.ShapeDtypeStruct((num_rows, num_edges), jnp.int32)] * 2
+    return Edges(*launch_by_place(edges, tuple(operands), outs))
 
 
 def _ceil_div(x, y):

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.mosaic.gpu.utils import thread_idx
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Int32
 
-from sparsek_jax.ops.mosaic_gpu.layouts import WARPGROUPS
+from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK, WARPGROUPS
 from sparsek_jax.ops.tracing import varying_like
 
 _COMPILER_PARAMS = plgpu.CompilerParams(
@@ -53,6 +54,44 @@ def launch(
     # types, kernels do not know of them. Their results vary over all axes that operands do.
     traced = jax.make_jaxpr(call)(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands))
     return [varying_like(x, *operands) for x in jaxpr_as_fun(traced)(*operands)]
+
+
+def launch_by_place(
+    function: Callable[..., None],
+    operands: tuple[Array, ...],
+    outs: Sequence[jax.ShapeDtypeStruct | Array],
+) -> list[Array]:
+    """Runs a function by single threads, one for each place of the rows of what it writes.
+
+    Args:
+      function: Of references to operands, a row, a place in it, and references to results. The
+        kernel is named like it.
+      operands: What it reads.
+      outs: Like what it writes; the first has axes for rows and places.
+
+    Returns:
+      What it writes.
+    """
+    num_rows, length = outs[0].shape
+
+    @functools.wraps(function)
+    def kernel(*refs):
+        block, row = (lax.axis_index(x) for x in ("block", "row"))
+        place = block * BLOCK + thread_index()
+
+        @pl.when(place < length)
+        def _():
+            function(refs[: len(operands)], row, place, refs[len(operands) :])
+
+    return launch(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outs],
+        # Rows last: only of these there may be more than 65,535.
+        grid=(-(-length // BLOCK), num_rows),
+        grid_names=("block", "row"),
+        operands=operands,
+        by_thread=True,
+    )
 
 
 def _in_warps(kernel):

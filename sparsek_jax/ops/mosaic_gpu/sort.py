@@ -5,7 +5,6 @@ how many come before it in each of the other ones. Both take few steps that wait
 many threads at once, where XLA's sorting network takes some ninety, of a block in few rows.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -16,8 +15,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
 from sparsek_jax.ops.breakpoints import fixed_point
-from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
-from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
+from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
 
 _PIECE = 256  # keys, at most
 _READ = 16  # keys of a piece that are read together, at most
@@ -96,34 +94,12 @@ def sort_rows(
     like = [jax.ShapeDtypeStruct(u.shape, x) for x in (jnp.int32, u.dtype)]
     num_keys = jax.ShapeDtypeStruct((len(u),), jnp.int32)
     outs = [*(like[:1] if packed else []), like[1], like[0], num_keys]
-    *pieces, num_keys = _each_key(sort_pieces, (*columns, end), outs)
-    key, by_rank, rank = _each_key(merge_pieces, (*pieces, num_keys), [like[0], like[1], like[0]])
+    *pieces, num_keys = launch_by_place(sort_pieces, (*columns, end), outs)
+    key, by_rank, rank = launch_by_place(
+        merge_pieces, (*pieces, num_keys), [like[0], like[1], like[0]]
+    )
     return SortedRows(
         key, by_rank, *fixed_point(by_rank, bits), rank, *fixed_point(u, bits), start, end, num_keys
-    )
-
-
-def _each_key(function, operands, outs):
-    """Lets a thread run `function` of operands, a row, a place in it, and results."""
-    num_rows, length = operands[0].shape
-
-    @functools.wraps(function)
-    def kernel(*refs):
-        block, row = (lax.axis_index(x) for x in ("block", "row"))
-        place = block * BLOCK + thread_index()
-
-        @pl.when(place < length)
-        def _():
-            function(refs[: len(operands)], row, place, refs[len(operands) :])
-
-    return launch(
-        kernel,
-        out_type=outs,
-        # Rows last: only of these there may be more than 65,535.
-        grid=(-(-length // BLOCK), num_rows),
-        grid_names=("block", "row"),
-        operands=tuple(operands),
-        by_thread=True,
     )
 
 

@@ -19,6 +19,8 @@ from sparsek_jax.ops.mosaic_gpu.walk import walk
 
 LONGEST = 1 << 15  # of rows whose thresholds are followed
 
+_CHUNKS = 2048  # of a row, at most
+_FEW = 6  # rows, at most
 _CHUNK, _STRETCH = 8, 32  # keys of each, at least
 
 
@@ -39,12 +41,11 @@ def thresholds_by_walking(
     length = u.shape[1]
     if length > LONGEST:
         return thresholds_of_prefixes(u, start, end, num_selected, packed=packed)
-    # Where there are few rows, tables may be larger. At most 0.8 MiB a row, or 19 MiB.
-    num_stretches = min(max(1 << (768 // len(u)).bit_length() >> 1, 64), 256)
-    num_chunks = min(8 * num_stretches, 1024)
+    # Where there are few rows, tables may be larger. At most 3 MiB a row, or 36 MiB.
+    num_stretches = 128 if len(u) <= _FEW else 64
     settings = WalkSettings(
         k=min(num_selected, length - 1),
-        num_chunks=min(num_chunks, -(-length // _CHUNK)),
+        num_chunks=min(_CHUNKS, -(-length // _CHUNK)),
         num_stretches=min(num_stretches, -(-length // _STRETCH)),
         bits=resolution(length),
     )
