@@ -6,7 +6,7 @@ from jaxtyping import Array, Int32
 
 from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
 
-_STEPS = 32  # of a thread at most: nearly always all there are
+_STEPS = 256  # of a thread at most: nearly always all there are
 
 
 def chain_starts(previous: Int32[Array, "R M"]) -> Int32[Array, "R M"]:

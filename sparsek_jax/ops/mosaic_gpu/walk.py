@@ -153,7 +153,7 @@ def _first_below(num_edges, is_below, *kinds):
     return [kind * num_edges + low for kind, (low, _) in zip(kinds, brackets, strict=True)]
 
 
-def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise, write):
+def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, look_up, rise, write):
     """Follows a threshold over a chunk.
 
     Args:
@@ -165,13 +165,18 @@ def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise,
       lowest: The place below a document that ends here, with an empty pool.
       enter: Adds a key to the pool of a place, or takes it off.
       is_below: Whether a place is below the threshold of a document's pool.
-      rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints.
+      look_up: Reads what is above a place, for whoever rises from there.
+      rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints;
+        what is above was read before, and is again.
       write: Keeps the place of a key.
     """
     num_keys = rows.num_keys[row]
     chunk_size = settings.chunk(num_keys)
     before = chunk * chunk_size
     after = before + chunk_size
+
+    def with_above(place):
+        return place, look_up(place)
 
     def ahead(place, key, first, stop):
         """Where the next chunk begins, if that is below the threshold too, and further up."""
@@ -184,24 +189,32 @@ def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, rise,
         is_further = goes_on & is_below(next_place, first, stop) & (next_place.depth < place.depth)
         return _where(is_further, next_place, place)
 
-    def step(i, place):
+    def step(i, state):
         key = before + i
         first, stop = rows.start[row, key], rows.end[row, key]
-        place = enter(_where(key == first, lowest(stop), place), key, 1)
+        place, above = lax.cond(key == first, lambda: with_above(lowest(stop)), lambda: state)
+        state = enter(place, key, 1), above
 
         def go_on(state):
-            place, has_far_to_go = state
-            place = lax.cond(has_far_to_go, lambda: ahead(place, key, first, stop), lambda: place)
-            return rise(place, key, first, stop), jnp.bool_(True)
+            state, (has_far_to_go, _) = state
+            state = lax.cond(
+                has_far_to_go,
+                lambda: with_above(ahead(state[0], key, first, stop)),
+                lambda: state,
+            )
+            risen = rise(*state, key, first, stop)
+            has_far_to_go = state[0].depth - risen[0].depth == _FAR
+            return risen, (has_far_to_go, ~has_far_to_go)
 
-        place, _ = lax.while_loop(
-            lambda state: is_below(state[0], first, stop), go_on, (place, jnp.bool_(False))
+        state, _ = lax.while_loop(
+            lambda state: ~state[1][1], go_on, (state, (jnp.bool_(False), jnp.bool_(False)))
         )
-        write(key, place)
-        return place
+        write(key, state[0])
+        return state
 
     size = jnp.minimum(chunk_size, num_keys - before)
-    lax.fori_loop(0, size, step, begin(chunk, rows.start[row, before], rows.end[row, before]))
+    place = begin(chunk, rows.start[row, before], rows.end[row, before])
+    lax.fori_loop(0, size, step, with_above(place))
 
 
 def walk_to_kth(settings, rows, edges, table, row, chunk, out):
@@ -227,18 +240,23 @@ def walk_to_kth(settings, rows, edges, table, row, chunk, out):
         is_above = (rows.rank[row, key] < place.rank).astype(jnp.int32)
         return place._replace(num_above=place.num_above + weight * is_above)
 
-    def rise(place, key, first, stop):
+    def look_up(place):
+        return rows.key[row, jnp.maximum(place.rank - 1, 0)]
+
+    def rise(place, above, key, first, stop):
         lowest = place.depth - _FAR
 
-        def goes_on(place):
+        def goes_on(state):
+            place, _ = state
             return (place.depth > lowest) & is_below(place, first, stop)
 
-        def one_up(place):
-            rank = place.rank - 1
-            is_in_pool = (rows.key[row, rank] <= key).astype(jnp.int32)
-            return KthPlace(rank, place.num_above - is_in_pool)
+        def one_up(state):
+            place, above = state
+            is_in_pool = (above <= key).astype(jnp.int32)
+            place = KthPlace(place.rank - 1, place.num_above - is_in_pool)
+            return place, look_up(place)
 
-        return lax.while_loop(goes_on, one_up, place)
+        return lax.while_loop(goes_on, one_up, (place, above))
 
     def write(key, place):
         out[row, key] = place.rank
@@ -252,6 +270,7 @@ def walk_to_kth(settings, rows, edges, table, row, chunk, out):
         lowest=lambda stop: KthPlace(stop, jnp.int32(0)),
         enter=enter,
         is_below=is_below,
+        look_up=look_up,
         rise=rise,
         write=write,
     )
@@ -264,6 +283,23 @@ class _SortedKey(NamedTuple):
     key: Int32[Array, ""]
     high: Int32[Array, ""]
     low: Int32[Array, ""]
+
+
+class _Above(NamedTuple):
+    """What is above a place.
+
+    Attributes:
+      opening: The key that opens next.
+      closing: The one that closes next.
+      beyond: The one that does in place of the last that did: not used before the next step has
+        begun, so that this one does not wait for it.
+      closed_last: Whether that closed.
+    """
+
+    opening: _SortedKey
+    closing: _SortedKey
+    beyond: _SortedKey
+    closed_last: Bool[Array, ""]
 
 
 def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
@@ -310,15 +346,19 @@ def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
         rank = jnp.maximum(rank, 0)
         return _SortedKey(*(x[row, rank] for x in (rows.u, rows.key, rows.high, rows.low)))
 
-    def rise(place, key, first, stop):
+    def look_up(place):
+        opening, closing = (sorted_key(x - 1) for x in (place.opened, place.closed))
+        return _Above(opening, closing, closing, jnp.bool_(True))
+
+    def rise(place, above, key, first, stop):
         lowest = place.depth - _FAR
 
         def goes_on(state):
-            place = state[0]
+            place, _ = state
             return (place.depth > lowest) & is_below(place, first, stop)
 
         def one_up(state):
-            place, opening, closing, beyond, closed_last = state
+            place, (opening, closing, beyond, closed_last) = state
             opening = _where(closed_last, opening, beyond)
             closing = _where(closed_last, beyond, closing)
             # Of equal ones, what closes is below what opens.
@@ -332,12 +372,9 @@ def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
             slope, sum_high, sum_low = place.sums
             sums = Sums(slope - weight, sum_high - weight * high, sum_low - weight * low)
             place = Place(opened, closed, sums, 2 * rank + closes_int, high, low)
-            # Not used before the next step has begun, so that it does not wait for it.
-            return place, opening, closing, sorted_key(rank - 1), closes
+            return place, _Above(opening, closing, sorted_key(rank - 1), closes)
 
-        opening, closing = (sorted_key(x - 1) for x in place[:2])
-        state = place, opening, closing, closing, jnp.bool_(True)
-        return lax.while_loop(goes_on, one_up, state)[0]
+        return lax.while_loop(goes_on, one_up, (place, above))
 
     def write(key, place):
         for ref, x in zip(outs, (place.below, *place.sums), strict=True):
@@ -352,6 +389,7 @@ def walk_to_tau(settings, rows, edges, table, row, chunk, outs):
         lowest=lambda stop: Place(stop, stop, Sums(zero, zero, zero), zero, zero, zero),
         enter=enter,
         is_below=is_below,
+        look_up=look_up,
         rise=rise,
         write=write,
     )
