@@ -54,7 +54,7 @@ _PLOT_ONLY = flags.DEFINE_bool("plot_only", False, "Draw the results in --out ag
 
 _PARTS = ("kernels", "gather")
 # Kernels of the selection.
-_OF_SELECTION = ("sort_pieces", "merge_pieces", "edges", "table", "walks")
+_OF_SELECTION = ("sort_pieces", "merge_pieces", "edges", "table", "walks", "chains")
 
 
 class Shape(NamedTuple):
