@@ -25,7 +25,7 @@ def make_config(**optimizer):
     config = default_config()
     config.model.update(num_layers=1, d_model=16, mlp_dim=16)
     config.attention.update(num_heads=2, num_kv_heads=1, head_dim=8)
-    config.attention.update(num_selected=3, sliding_window=3)
+    config.attention.update(num_selected=3, sliding_window=3, implementation="reference")
     config.optimizer.update(warmup_steps=1, **optimizer)
     return config
 
