@@ -34,8 +34,8 @@ def thresholds_by_walking(
 ) -> tuple[Float[Array, "R M"], Int32[Array, "R M"]]:
     """`thresholds_of_prefixes` (ops/descent.py), which it leaves rows that are too long to.
 
-    The k-th keys are the same, of pools of k keys and more. tau is the same up to rounding: the
-    order among breakpoints of equal values is another. What has an empty document is no key, as
+    The k-th keys are the same, of pools of k keys and more in rows of more than k. tau is the same
+    up to rounding: the order among breakpoints of equal values is another. What has an empty document is no key, as
     `sort_rows` says, and takes no time.
     """
     length = u.shape[1]
