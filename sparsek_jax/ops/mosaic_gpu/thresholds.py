@@ -35,8 +35,8 @@ def thresholds_by_walking(
     """`thresholds_of_prefixes` (ops/descent.py), which it leaves rows that are too long to.
 
     The k-th keys are the same, of pools of k keys and more in rows of more than k. tau is the same
-    up to rounding: the order among breakpoints of equal values is another. What has an empty document is no key, as
-    `sort_rows` says, and takes no time.
+    up to rounding: the order among breakpoints of equal values is another. What has an empty
+    document is no key, as `sort_rows` says, and takes no time.
     """
     length = u.shape[1]
     if length > LONGEST:
