@@ -1,8 +1,15 @@
 """Benchmarks run as users run them, small, and recall's commands start where they should."""
 
+import itertools
 import json
 import subprocess
 import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import attention
 
 
 def call(module, *arguments):
@@ -51,6 +58,45 @@ def test_recall_fails_with_a_run(tmp_path):
     assert result.returncode == 1
     assert f"see {tmp_path}/dense,seed=0/train.log" in result.stdout
     assert "some runs have failed" in result.stderr
+
+
+def test_attention_times_programs_in_turn():
+    calls = []
+
+    class Program:
+        def __init__(self, name, fails_after=np.inf):
+            self.name, self.left = name, fails_after
+
+        def __call__(self, x):
+            self.left -= 1
+            if self.left < 0:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")
+            calls.append(self.name)
+            return x
+
+        def memory_analysis(self):
+            return jax.jit(jnp.sin).lower(1.0).compile().memory_analysis()
+
+    compiled = {
+        "window forward": Program("window"),
+        "window forward+backward": Program("failing", fails_after=10),
+        "dense forward": "does not fit",
+        "sparsek forward": jax.jit(jnp.sin).lower(jnp.zeros(())).compile(),
+        "dense forward+backward": Program("dense"),
+    }
+    row = {}
+    attention.measure(row, compiled, [jnp.zeros(())])
+    turns = [name for name, _ in itertools.groupby(calls) if name != "failing"]
+    assert turns == ["window", "dense"] * 3
+    assert row["dense forward failed"] == "does not fit"
+    assert "no memory" in row["window forward+backward failed"]
+    timed = {
+        f"{name} {unit}"
+        for name in ("window forward", "dense forward+backward", "sparsek forward")
+        for unit in ("ms", "MiB")
+    }
+    timed |= {"kernels forward ms", "gather forward ms"}
+    assert {x for x in row if not x.endswith("failed")} == timed
 
 
 def test_scaling_times_each_length():
