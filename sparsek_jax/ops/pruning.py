@@ -21,7 +21,7 @@ _MARGIN = 1.001  # what float32 sums may be off by, and more
 
 
 def capacities(num_selected: int, length: int) -> list[int]:
-    """How many remaining keys to make room for: usually the first, seldom the last.
+    """How many remaining keys to make room for: the first usually does, the last nearly always.
 
     Powers of two, as sorting takes as long as for the next one; none where it would not pay.
     """

@@ -131,8 +131,8 @@ class SelectionSettings(NamedTuple):
       chunk_size: Queries per chunk.
       packed: Whether rows hold several documents.
       first_room: How to search where few keys remain.
-      longest_first_room: Up to what length the second room is the first one: where a search takes
-        as long as there are keys, whatever the room.
+      longest_first_room: The longest second room to begin with, for searches that take as long as
+        there are keys, whatever the room; 0 for the first in any case.
     """
 
     num_selected: int

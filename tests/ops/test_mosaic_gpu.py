@@ -259,7 +259,7 @@ class _Bounded:
 def plain_rows(u, start, end, bits, *, packed):
     """`sort_rows` by definition, with at least one place more that is no key."""
     del packed
-    place = np.arange(u.shape[1] + sort.SHORTEST - u.shape[1] % sort.SHORTEST)
+    place = np.arange(u.shape[1] + sort.UNIT - u.shape[1] % sort.UNIT)
     padding = ((0, 0), (0, len(place) - u.shape[1]))
     u = jnp.pad(u, padding, constant_values=np.finfo(np.float32).min)
     start, end = (jnp.where(place < x.shape[1], jnp.pad(x, padding), place) for x in (start, end))
@@ -491,27 +491,35 @@ def walk_in_bounds(settings, *inputs):
 
 
 @pytest.mark.parametrize(
-    ("kind", "length"), [("gaussian", 30), ("tied", 32), ("near_constant", 30)]
+    ("kind", "length", "num_keys"),
+    [
+        ("gaussian", 30, [30]),
+        ("tied", 32, [32]),
+        ("near_constant", 30, [30]),
+        ("tied", 30, [17, 1]),
+    ],
 )
-def test_walking_stays_in_bounds(monkeypatch, kind, length):
+def test_walking_stays_in_bounds(monkeypatch, kind, length, num_keys):
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
     monkeypatch.setattr(thresholds, "find_edges", edges_in_bounds)
     monkeypatch.setattr(thresholds, "make_table", table_in_bounds)
     monkeypatch.setattr(thresholds, "walk", walk_in_bounds)
     monkeypatch.setattr(walk, "_FAR", 3)
     monkeypatch.setattr(table, "_GROUPS", 3)
-    for module in (sort, edge_kernel, table):
-        monkeypatch.setattr(module, "SHORTEST", 4)
-    for name in ("_CHUNK", "_STRETCH"):
-        monkeypatch.setattr(thresholds, name, 4)
-    scores = jnp.asarray(make_scores(kind, length)[None])
-    segment_ids = jnp.asarray(packed(length))[None]
-    bounds = document_bounds(segment_ids, *scores.shape)
+    for module in (sort, edge_kernel, table, thresholds):
+        monkeypatch.setattr(module, "UNIT", 4)
+    monkeypatch.setattr(thresholds, "_STRETCH", 4)
+    place, num_keys = np.arange(length), np.array(num_keys)[:, None]
+    start, end = document_bounds(jnp.asarray(packed(length))[None], 1, length)
+    is_key = place < num_keys
+    end = jnp.where(is_key, jnp.minimum(end, num_keys), place)
+    start = jnp.where(is_key, start, place)
+    scores = jnp.where(is_key, make_scores(kind, length), np.finfo(np.float32).min)
     found, expected = (
-        search(scores, *bounds, 3, packed=True)
+        search(scores, start, end, 3, packed=True)
         for search in (thresholds.thresholds_by_walking, thresholds_of_prefixes)
     )
-    asked = np.arange(length) - np.asarray(bounds[0]) >= 3
+    asked = place - np.asarray(start) >= 3
     np.testing.assert_array_equal(np.asarray(found[1])[asked], np.asarray(expected[1])[asked])
 
 

@@ -10,7 +10,7 @@ _STEPS = 256  # of a thread at most: nearly always all there are
 
 
 def chain_starts(previous: Int32[Array, "R M"]) -> Int32[Array, "R M"]:
-    """`lifetimes.chain_starts`, in as few launches as steps from key to key allow."""
+    """`lifetimes.chain_starts`: each launch goes up to `_STEPS` keys back."""
     length = previous.shape[1]
     reached = 1
     while reached < length:
@@ -19,6 +19,7 @@ def chain_starts(previous: Int32[Array, "R M"]) -> Int32[Array, "R M"]:
     return previous
 
 
+# The kernel is named like it, and benchmarks/attention.py knows it.
 def chains(operands, row, key, outs):
     """Writes where a key's chain begins, or is after some steps."""
     (previous,), (out,) = operands, outs

@@ -12,14 +12,14 @@ from jax import lax
 from jaxtyping import Array, Int32
 
 from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
-from sparsek_jax.ops.mosaic_gpu.sort import SHORTEST, SortedRows
+from sparsek_jax.ops.mosaic_gpu.sort import UNIT, SortedRows
 
 
 class WalkSettings(NamedTuple):
     """Of a call.
 
     Attributes:
-      k: How many keys are selected, less than a row has.
+      k: How many keys are selected, less than a row has places.
       num_chunks: That the keys of a row are cut into, at most.
       num_stretches: That its sorted keys are cut into, at most.
       bits: Of fixed point.
@@ -32,7 +32,7 @@ class WalkSettings(NamedTuple):
 
     def chunk(self, num_keys: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
         """Keys of a chunk of a row of so many keys, but for the last one."""
-        return SHORTEST * _ceil_div(num_keys, SHORTEST * self.num_chunks)
+        return UNIT * _ceil_div(num_keys, UNIT * self.num_chunks)
 
     def stretch(self, num_keys: Int32[Array, "*n"]) -> Int32[Array, "*n"]:
         """Sorted keys of a stretch of a row of so many keys, but for the last one."""

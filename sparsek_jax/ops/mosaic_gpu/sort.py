@@ -19,7 +19,7 @@ from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
 
 _PIECE = 256  # keys, at most
 _READ = 16  # keys of a piece that are read together, at most
-SHORTEST = 8  # rows have a multiple of so many places
+UNIT = 8  # places: rows and chunks of rows have a multiple of so many
 _SEARCHES = 16  # of a thread at once, at most
 
 
@@ -65,7 +65,7 @@ def sort_rows(
     """Sorts keys by document, score from the highest, and position.
 
     Args:
-      u: Finite scores.
+      u: Finite scores, of at least one key a row.
       start: First key of every key's document.
       end: The one after its last. What is no key has an empty document, comes last in its row, and
         has the lowest score that there is.
@@ -73,10 +73,10 @@ def sort_rows(
       packed: Whether rows hold several documents.
 
     Returns:
-      The rows, with a few places more that are no keys, for whoever reads several at once.
+      The rows, with places added that are no keys, for whoever reads several at once.
     """
     length = u.shape[1]
-    size = max(min(_PIECE, 1 << (length - 1).bit_length()), SHORTEST)
+    size = max(min(_PIECE, 1 << (length - 1).bit_length()), UNIT)
     at_once = min(_SEARCHES, -(-length // size))
     padding = ((0, 0), (0, -length % (at_once * size)))
     u = jnp.pad(u, padding, constant_values=np.finfo(np.float32).min)

@@ -18,7 +18,7 @@ from sparsek_jax.ops.breakpoints import Sums
 from sparsek_jax.ops.mosaic_gpu.edges import Edges, WalkSettings
 from sparsek_jax.ops.mosaic_gpu.launch import launch, thread_index
 from sparsek_jax.ops.mosaic_gpu.layouts import BLOCK
-from sparsek_jax.ops.mosaic_gpu.sort import SHORTEST, SortedRows
+from sparsek_jax.ops.mosaic_gpu.sort import UNIT, SortedRows
 
 _HALF = 16  # bits: two counts share an int32
 _GROUPS = 32  # of chunks, at most
@@ -93,12 +93,12 @@ def add_up(settings, rows, edges, place, in_group, totals):
     opened, closed = edges.opened[row, edge], edges.closed[row, edge]
     keys = rows.rank, rows.key_high, rows.key_low
     num_keys, num_places = rows.num_keys[row], rows.rank.shape[1]
-    pieces = settings.chunk(num_keys) // SHORTEST  # of a chunk
+    pieces = settings.chunk(num_keys) // UNIT  # of a chunk
     per_group = _chunks_of_group(settings.num_chunks)
     first_chunk = group * per_group
     first_piece = first_chunk * pieces
     num_mine = jnp.minimum(per_group, settings.num_chunks - first_chunk) * pieces
-    num_left = (num_keys + (SHORTEST - 1)) // SHORTEST - first_piece
+    num_left = (num_keys + (UNIT - 1)) // UNIT - first_piece
     one, one_opened = 1 << settings.bits, 1 << _HALF
 
     def write(ref, *index, sums):
@@ -107,8 +107,8 @@ def add_up(settings, rows, edges, place, in_group, totals):
 
     def read(i):
         # In a row, which takes fewer instructions.
-        begin = SHORTEST * jnp.minimum(first_piece + i, num_places // SHORTEST - 1)
-        return [[x[row, begin + j] for x in keys] for j in range(SHORTEST)]
+        begin = UNIT * jnp.minimum(first_piece + i, num_places // UNIT - 1)
+        return [[x[row, begin + j] for x in keys] for j in range(UNIT)]
 
     def add_piece(i, state):
         # The next ones are read before these are used: they take time to come.

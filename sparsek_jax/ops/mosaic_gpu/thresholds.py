@@ -13,7 +13,7 @@ from sparsek_jax.ops.breakpoints import resolution, tau_at
 from sparsek_jax.ops.descent import thresholds_of_prefixes
 from sparsek_jax.ops.indexing import gather, rows_of
 from sparsek_jax.ops.mosaic_gpu.edges import WalkSettings, find_edges
-from sparsek_jax.ops.mosaic_gpu.sort import sort_rows
+from sparsek_jax.ops.mosaic_gpu.sort import UNIT, sort_rows
 from sparsek_jax.ops.mosaic_gpu.table import make_table
 from sparsek_jax.ops.mosaic_gpu.walk import walk
 
@@ -21,7 +21,7 @@ LONGEST = 1 << 15  # of rows whose thresholds are followed
 
 _CHUNKS = 2048  # of a row, at most
 _FEW = 6  # rows, at most
-_CHUNK, _STRETCH = 8, 32  # keys of each, at least
+_STRETCH = 32  # sorted keys of a stretch, at least, of a row that has a key at each place
 
 
 def thresholds_by_walking(
@@ -36,7 +36,7 @@ def thresholds_by_walking(
 
     The k-th keys are the same, of pools of k keys and more in rows of more than k. tau is the same
     up to rounding: the order among breakpoints of equal values is another. What has an empty
-    document is no key, as `sort_rows` says, and takes no time.
+    document is no key, as `sort_rows` says, and takes no time. Every row has a key.
     """
     length = u.shape[1]
     if length > LONGEST:
@@ -45,7 +45,7 @@ def thresholds_by_walking(
     num_stretches = 128 if len(u) <= _FEW else 64
     settings = WalkSettings(
         k=min(num_selected, length - 1),
-        num_chunks=min(_CHUNKS, -(-length // _CHUNK)),
+        num_chunks=min(_CHUNKS, -(-length // UNIT)),
         num_stretches=min(num_stretches, -(-length // _STRETCH)),
         bits=resolution(length),
     )

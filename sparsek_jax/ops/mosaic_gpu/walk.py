@@ -6,7 +6,7 @@ pool are left above. Both only rise from one prefix to the next, so the next one
 on from where they were.
 
 Rows are cut into chunks of keys. Either threshold of each is followed on its own, from the nearest
-of the edges (ops/mosaic_gpu/table.py) that are below it where the chunk begins. A step takes the
+of the edges (ops/mosaic_gpu/edges.py) that are below it where the chunk begins. A step takes the
 time of some ten instructions that wait for each other, and thousands of walks wait at once.
 """
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
     Attributes:
       opened: How many keys of the row open above.
-      closed: How many close above, of the same or earlier ones.
+      closed: How many close above, of the same document or earlier ones.
       sums: Over those of the pool.
       below: The breakpoint next below: of the key of a rank, `2 * rank` where it opens, one more
         where it closes.
@@ -166,8 +166,8 @@ def _follow(settings, rows, row, chunk, *, begin, lowest, enter, is_below, look_
       enter: Adds a key to the pool of a place, or takes it off.
       is_below: Whether a place is below the threshold of a document's pool.
       look_up: Reads what is above a place, for whoever rises from there.
-      rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints;
-        what is above was read before, and is again.
+      rise: Goes up from a place as long as it is below, but not over more than `_FAR` breakpoints.
+        It takes what `look_up` read, and returns that of where it arrives too.
       write: Keeps the place of a key.
     """
     num_keys = rows.num_keys[row]
