@@ -535,8 +535,7 @@ BY_KERNELS = Search(thresholds.thresholds_by_walking, chains.chain_starts)
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("room", [128, 256])
-def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed, room):
+def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed):
     """Of a row without documents, the keys left fit in either room, of one with them in one."""
     calls = []
     monkeypatch.setattr(thresholds, "sort_rows", plain_rows)
@@ -549,13 +548,18 @@ def test_selects_by_walking_in_the_first_room(monkeypatch, is_packed, room):
     scores[50, 0] = np.nan
     segment_ids = jnp.asarray(packed(length))[None] if is_packed else None
     scores = jnp.asarray(scores)[None]
-    settings = {"num_selected": 8, "first_room": BY_KERNELS, "longest_first_room": room}
-    # Compiled as one, a selection takes a fraction of what its operations would.
-    found = jax.jit(functools.partial(select, **settings))(scores, segment_ids)
-    ((_, rows, *_),) = calls
-    assert room <= rows.rank.shape[1] < 2 * room
-    expected = jax.jit(functools.partial(select, num_selected=8))(scores, segment_ids)
-    check_selections(found, expected)
+
+    def run(**settings):
+        # Compiled as one, a selection takes a fraction of what its operations would.
+        return jax.jit(functools.partial(select, num_selected=8, **settings))(scores, segment_ids)
+
+    expected = run()
+    for room in (128, 256):
+        found = run(first_room=BY_KERNELS, longest_first_room=room)
+        _, rows, *_ = calls.pop()
+        assert not calls
+        assert room <= rows.rank.shape[1] < 2 * room
+        check_selections(found, expected)
 
 
 def check_selections(found, expected):
