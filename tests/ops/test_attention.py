@@ -373,13 +373,13 @@ def test_nan_score_reaches_its_document_only(gating, implementation):
 @pytest.mark.parametrize("window", [0, 4])
 def test_gates_that_round_to_zero_leave_all_finite(window, gating, implementation):
     """Near-equal scores with a large offset, and one key whose logit outweighs all others."""
-    # So long that there may be pruning.
-    case = Case(1, 2, 32, 40, 1, window)
+    # So long that there may be pruning, in two rooms.
+    case = Case(1, 2, 32, 64, 1, window)
     dtype = dtype_of(implementation)
-    query, key = (jnp.ones((1, 40, heads, 32), dtype) for heads in (2, 1))
+    query, key = (jnp.ones((1, 64, heads, 32), dtype) for heads in (2, 1))
     key = (0 * key).at[0, 0].set(20.0)
-    scores = jnp.full((1, 40, 1), 2.0**20)
-    ids = jnp.zeros((1, 40), jnp.int32)
+    scores = jnp.full((1, 64, 1), 2.0**20)
+    ids = jnp.zeros((1, 64), jnp.int32)
     settings = {"case": case, "gating": gating, "implementation": implementation}
     out, *gradients = run_as_one(query, key, 1 + 0 * key, scores, query, ids, **settings)
     assert np.isfinite(out).all()

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Int32
 
 from sparsek_jax.ops.mosaic_gpu.launch import launch_by_place
 from sparsek_jax.ops.mosaic_gpu.sort import UNIT, SortedRows
+from sparsek_jax.ops.selection import first_query
 
 
 class WalkSettings(NamedTuple):
@@ -81,21 +81,14 @@ def find_edge(settings, rows, row, edge, outs):
     at = jnp.minimum(rank, num_keys - 1)
     key, u = rows.key[row, at], rows.u[row, at]
 
-    def halve(_, bracket):
-        low, high = bracket
-        middle = (low + high) // 2
-        other = rows.u[row, jnp.minimum(middle, num_keys - 1)]
+    def is_below(other):
+        other = rows.u[row, jnp.minimum(other, num_keys - 1)]
         # Of equal ones, what closes is below what opens.
-        is_above = jnp.where(closes, other >= u - 1.0, other - 1.0 > u)
-        goes_on = low < high
-        return (
-            jnp.where(goes_on & is_above, middle + 1, low),
-            jnp.where(goes_on & ~is_above, middle, high),
-        )
+        return jnp.where(closes, other < u - 1.0, other - 1.0 <= u)
 
     # All of earlier documents are above.
-    bracket = rows.start[row, key], rows.end[row, key]
-    found, _ = lax.fori_loop(0, rows.u.shape[1].bit_length(), halve, bracket)
+    first, stop = rows.start[row, key], rows.end[row, key]
+    found = first_query(first, stop, is_below, length=rows.u.shape[1])
     found = jnp.where(is_last, num_keys, found)
     opened, closed = outs
     opened[row, edge] = jnp.where(closes, found, rank)
