@@ -24,6 +24,12 @@ _FIXED_FIELDS = (
     *("seed", "init_from", "optimizer.freeze_steps"),
     *("train.batch_size", "train.recurrent", "train.recurrent_gradient"),
 )
+# No model can be loaded without them.
+_NEEDED_FIELDS = (
+    *("model.vocab_size", "model.num_layers", "model.d_model", "model.mlp_dim"),
+    *("attention.num_heads", "attention.num_kv_heads", "attention.head_dim"),
+    *("attention.pattern", "attention.implementation", "data.root", "data.tokenizer"),
+)
 _FREE_FIELDS = ("data.root", "attention.implementation", "model.remat")
 
 
@@ -106,7 +112,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 
     Raises:
       FileNotFoundError: The directory holds no run.
-      ConfigError: The file is damaged.
+      ConfigError: The file is damaged, or a field is missing, unknown or of a wrong type.
     """
     path = Path(workdir) / "config.json"
     if not path.exists():
@@ -115,10 +121,30 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
             f"python train.py --config=CONFIG --workdir={workdir}"
         )
     config = ml_collections.ConfigDict(read_json(path))
+    _check_fields(path, config)
     if imported_from(workdir) is not None:
         # Beside the weights; a path that is absolute stays as it is.
         config.data.tokenizer = str(Path(workdir).absolute() / config.data.tokenizer)
     return config
+
+
+def _check_fields(path: Path, config: ml_collections.ConfigDict) -> None:
+    """Checks types, and that nothing is missing but what an older version did not write."""
+    saved, defaults = flat_fields(config), flat_fields(default_config())
+    wrong = f"{path} is no configuration of a run"
+    for name, value in saved.items():
+        if any(field.startswith(f"{name}.") for field in defaults):
+            raise ConfigError(f"{wrong}: {name}={value!r}; expected fields {name}.*")
+        if name not in defaults:
+            raise ConfigError(f"{wrong}: {name}={value!r}, a field that this version has not")
+        default = defaults[name]
+        # JSON does not always tell floats from integers.
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise ConfigError(
+                f"{wrong}: {name}={value!r}; expected {type(default).__name__}, as in {default!r}"
+            )
+    if missing := sorted({*_NEEDED_FIELDS} - {*saved}):
+        raise ConfigError(f"{wrong}: it has no {', '.join(missing)}; expected another --workdir")
 
 
 def current_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:

@@ -162,10 +162,7 @@ def read_record(directory: str | os.PathLike) -> Record:
       ConfigError: A file is damaged.
     """
     directory = Path(directory)
-    try:
-        config = load_config(directory)
-    except AttributeError as error:
-        raise _no_configuration(directory, error) from error
+    config = load_config(directory)
     remarks = []
     # A vocabulary of any size will do to check the rest.
     attention = _model(directory, config, 2**30).attention
@@ -209,14 +206,10 @@ def _model(directory: Path, config: ml_collections.ConfigDict, vocab_size: int) 
             config.model.vocab_size = vocab_size
         return decoder_config(config, vocab_size)
     except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise _no_configuration(directory, error) from error
-
-
-def _no_configuration(directory: Path, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"{directory / 'config.json'} is no configuration of a run ({error}); expected one of this "
-        "version"
-    )
+        raise ConfigError(
+            f"{directory / 'config.json'} is no configuration of a run ({error}); expected one of "
+            "this version"
+        ) from error
 
 
 def _parameters(directory: Path, config: ml_collections.ConfigDict) -> int | None:
