@@ -32,6 +32,7 @@ from sparsek_jax.training.workdir import (
 )
 
 _REMEDY = "it to be removed or made anew"
+_ANY_VOCABULARY = 2**30  # to check the rest of a configuration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +165,13 @@ def read_record(directory: str | os.PathLike) -> Record:
     directory = Path(directory)
     config = load_config(directory)
     remarks = []
-    # A vocabulary of any size will do to check the rest.
-    attention = _model(directory, config, 2**30).attention
+    try:
+        attention = _model(config, _ANY_VOCABULARY).attention
+    except ConfigError as error:
+        raise ConfigError(
+            f"{directory / 'config.json'} is no configuration of a run ({error}); expected one of "
+            "this version"
+        ) from error
     metrics, cut = _read_metrics(directory / "metrics.jsonl")
     if cut:
         remarks.append("the last line of metrics.jsonl, which is not whole")
@@ -199,17 +205,11 @@ def read_record(directory: str | os.PathLike) -> Record:
     )
 
 
-def _model(directory: Path, config: ml_collections.ConfigDict, vocab_size: int) -> DecoderConfig:
-    try:
-        config = ml_collections.ConfigDict(config.to_dict())
-        if vocab_size > config.model.vocab_size:
-            config.model.vocab_size = vocab_size
-        return decoder_config(config, vocab_size)
-    except (AttributeError, TypeError, KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{directory / 'config.json'} is no configuration of a run ({error}); expected one of "
-            "this version"
-        ) from error
+def _model(config: ml_collections.ConfigDict, vocab_size: int) -> DecoderConfig:
+    config = ml_collections.ConfigDict(config.to_dict())
+    if vocab_size > config.model.vocab_size:
+        config.model.vocab_size = vocab_size
+    return decoder_config(config, vocab_size)
 
 
 def _parameters(directory: Path, config: ml_collections.ConfigDict) -> int | None:
@@ -219,7 +219,7 @@ def _parameters(directory: Path, config: ml_collections.ConfigDict) -> int | Non
             vocab_size = load_run_tokenizer(directory, config).vocab_size
         except (ConfigError, OSError):
             return None
-    model = _model(directory, config, vocab_size)
+    model = _model(config, vocab_size)
     definition = define(lambda: Decoder(model, rngs=nnx.Rngs(0)))
     return sum(math.prod(x.shape) for x in definition.abstract.values())
 
@@ -264,9 +264,9 @@ def _checked(path: Path, make, content: dict[str, Any], directory: Path) -> Any:
         ) from error
 
 
-def _common(content: dict[str, Any], directory: Path) -> dict[str, Any]:
+def _common(content: dict[str, Any]) -> dict[str, Any]:
     config = ml_collections.ConfigDict(content["config"])
-    attention = _model(directory, config, 2**30).attention
+    attention = _model(config, _ANY_VOCABULARY).attention
     return {
         "step": int(content["step"]),
         "sizes": attention_sizes(attention),
@@ -297,7 +297,7 @@ def _held_out(content: dict[str, Any], directory: Path) -> HeldOut:
         }
         gates.append(LayerGates(**arrays, verdicts=tuple(layer["verdicts"])))
     return HeldOut(
-        **_common(content, directory),
+        **_common(content),
         setting=Setting(
             (content["corpus"], data["seq_len"], data["packing"], fingerprint, *counts),
             f"{content['corpus']}, tokenizer {tokenizer}, seq_len {data['seq_len']:,}, packing "
@@ -318,7 +318,7 @@ def _task(content: dict[str, Any], directory: Path) -> TaskResult:
     tokenizer, fingerprint = _tokenizer(content, directory)
     at = "" if depths == {None} else f", depths {', '.join(f'{d:g}' for d in sorted(depths))}"
     return TaskResult(
-        **_common(content, directory),
+        **_common(content),
         setting=Setting(
             (content["task"], frozenset(lengths), frozenset(depths), samples, seed, fingerprint),
             f"{content['task']} in prompts of {', '.join(f'{n:,}' for n in sorted(lengths))} "
